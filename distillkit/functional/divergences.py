@@ -1,0 +1,170 @@
+"""Per-token divergences between student and teacher. Nats/token; gradient flows into the student's argument.
+
+The sampled estimators see the log-prob of one token drawn from the student. With `d = log π_T − log π_θ` at that token:
+
+| name | value | as a value, on-policy | expected gradient as a loss, on-policy |
+|---|---|---|---|
+| `k1` | −d | unbiased for KL(π_θ‖π_T) | exactly 0: use it as an advantage |
+| `k2` | d²/2 | biased, low variance | ∇KL(π_θ‖π_T), reverse KL |
+| `k3` | e^d − d − 1 | unbiased, ≥ 0 | ∇KL(π_T‖π_θ), forward KL |
+
+See *Approximating KL Divergence*, John Schulman, 2020, http://joschu.net/blog/kl-approx.html.
+
+Sums over the vocabulary take 0·log 0 as 0, so a token that is impossible on both sides (logit −inf) counts for nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distillkit.errors import ConfigError, problem
+from distillkit.functional.logprobs import log_softmax, widen
+
+__all__ = [
+    "bounded_k2",
+    "forward_kl",
+    "jsd",
+    "k1",
+    "k2",
+    "k3",
+    "reverse_kl",
+    "topk_forward_kl",
+    "topk_reverse_kl",
+]
+
+
+def k1(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Return log π_θ − log π_T at the sampled token. Any shape; the same shape comes back.
+
+    Example:
+        >>> k1(torch.tensor([-1.0]), torch.tensor([-3.0])).item()
+        2.0
+    """
+    return student_logprobs - teacher_logprobs
+
+
+def k2(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Return ½ (log π_θ − log π_T)² at the sampled token.
+
+    Example:
+        >>> k2(torch.tensor([-1.0]), torch.tensor([-3.0])).item()
+        2.0
+    """
+    return 0.5 * (student_logprobs - teacher_logprobs).square()
+
+
+def bounded_k2(student_logprobs: Tensor, teacher_logprobs: Tensor, bound: float) -> Tensor:
+    """Return k2 whose gradient in log π_θ is clamped to ±`bound`: a Huber function of the log-ratio.
+
+    ½ d² where |d| ≤ bound, bound·(|d| − ½ bound) beyond. A token the teacher finds near-impossible keeps a gradient;
+    clamping the value instead would remove it from exactly that token.
+
+    Example:
+        >>> bounded_k2(torch.tensor([0.0]), torch.tensor([-15.0]), bound=5.0).item()
+        62.5
+    """
+    gap = student_logprobs - teacher_logprobs
+    return torch.nn.functional.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=bound)
+
+
+def k3(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Return e^d − d − 1 with d = log π_T − log π_θ at the sampled token; ≥ 0.
+
+    Example:
+        >>> round(k3(torch.tensor([0.0]), torch.tensor([1.0])).item(), 4)
+        0.7183
+    """
+    d = teacher_logprobs - student_logprobs
+    return torch.expm1(d) - d
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(π_T‖π_θ) = Σ_v π_T (log π_T − log π_θ). [..., V] and [..., V] → [...].
+
+    Example:
+        >>> forward_kl(torch.zeros(1, 2), torch.zeros(1, 2)).item()
+        0.0
+    """
+    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
+    return _weighted_gap(teacher, student)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(π_θ‖π_T) = Σ_v π_θ (log π_θ − log π_T). [..., V] and [..., V] → [...].
+
+    Example:
+        >>> reverse_kl(torch.zeros(1, 2), torch.zeros(1, 2)).item()
+        0.0
+    """
+    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
+    return _weighted_gap(student, teacher)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, teacher_weight: float = 0.5) -> Tensor:
+    """Return the generalised Jensen-Shannon divergence w·KL(π_T‖m) + (1−w)·KL(π_θ‖m), m = w·π_T + (1−w)·π_θ.
+
+    See *On-Policy Distillation of Language Models*, Agarwal et al., 2023, https://arxiv.org/abs/2306.13649 (eq. 1).
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        teacher_weight: w, strictly between 0 and 1. The formula is 0 at both ends; the limits JSD/w → forward KL (w →
+            0) and JSD/(1−w) → reverse KL (w → 1) have their own functions.
+
+    Raises:
+        ConfigError: `teacher_weight` is not strictly between 0 and 1.
+    """
+    if not 0 < teacher_weight < 1:
+        hint = "forward_kl" if teacher_weight <= 0 else "reverse_kl"
+        expected = "0 < teacher_weight < 1"
+        raise ConfigError(problem("jsd.teacher_weight", got=teacher_weight, expected=expected, hint=hint))
+    # A finite floor, far below any log-prob that counts: the gradient of logaddexp(−inf, −inf) is NaN.
+    student, teacher = (log_softmax(logits).clamp(min=-1e30) for logits in (student_logits, teacher_logits))
+    weight = torch.tensor(teacher_weight, dtype=student.dtype, device=student.device)
+    mixture = torch.logaddexp(teacher + weight.log(), student + torch.log1p(-weight))
+    to_teacher = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
+    to_student = (student.exp() * (student - mixture)).sum(dim=-1)
+    return teacher_weight * to_teacher + (1 - teacher_weight) * to_student
+
+
+def topk_reverse_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor, tail: bool = True) -> Tensor:
+    """Return KL(π_θ‖π_T) over K tokens and, with `tail`, one bucket for all the others. [..., K] → [...].
+
+    With the bucket it is the KL of two coarsened distributions: ≥ 0 and a lower bound of the full KL. Without it the
+    sum is truncated: no divergence, it can be negative and falls when the student moves mass out of the K tokens.
+
+    Example:
+        >>> p = torch.tensor([[0.5, 0.25]]).log()
+        >>> topk_reverse_kl(p, p).item()
+        0.0
+    """
+    return _topk(widen(student_topk_logprobs), widen(teacher_topk_logprobs), tail)
+
+
+def topk_forward_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor, tail: bool = True) -> Tensor:
+    """Return KL(π_T‖π_θ) over K tokens and, with `tail`, one bucket for all the others. [..., K] → [...].
+
+    See `topk_reverse_kl` for what the bucket changes.
+    """
+    return _topk(widen(teacher_topk_logprobs), widen(student_topk_logprobs), tail)
+
+
+def _weighted_gap(logp: Tensor, logq: Tensor) -> Tensor:
+    """Σ_v p (log p − log q) [...] with 0·log 0 = 0."""
+    gap = (logp - logq).masked_fill_(logp == -torch.inf, 0.0)
+    return (logp.exp() * gap).sum(dim=-1)
+
+
+def _topk(logp: Tensor, logq: Tensor, tail: bool) -> Tensor:
+    kept = _weighted_gap(logp, logq)
+    if not tail:
+        return kept
+    p_rest, q_rest = _tail_logprob(logp), _tail_logprob(logq)
+    return kept + p_rest.exp() * (p_rest - q_rest)
+
+
+def _tail_logprob(topk_logprobs: Tensor) -> Tensor:
+    # Rounding can bring the sum of K probabilities to 1 or above; the bucket then holds one rounding unit.
+    mass = topk_logprobs.exp().sum(dim=-1)
+    return torch.log1p(-mass.clamp(max=1 - torch.finfo(mass.dtype).eps))
