@@ -1,0 +1,202 @@
+"""Combinations that cannot work, refused when the run starts with the reason and the setting that would work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from distillkit.components import (
+    BetaScheduler,
+    Component,
+    DistillThrough,
+    DivergenceEstimator,
+    Masker,
+    PolicyObjective,
+    RewardFn,
+    RolloutSampler,
+    TeacherScorer,
+)
+from distillkit.errors import ConfigError, did_you_mean, problem
+from distillkit.types import ScoreRequest
+
+__all__ = ["SCHEDULED_SCALARS", "StepParts", "check_parts", "teacher_request"]
+
+SCHEDULED_SCALARS = ("policy_weight", "distil_temperature")
+"""Scalars of the step itself that `model.schedules` may vary, beside those of the parts."""
+
+_SCHEDULED_PARTS = ("sampler", "divergence", "masker", "objective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """The parts of a step, one field per YAML key; an empty slot is None."""
+
+    sampler: RolloutSampler
+    teacher: TeacherScorer | None = None
+    reference: TeacherScorer | None = None
+    rewards: tuple[RewardFn, ...] = ()
+    divergence: DivergenceEstimator | None = None
+    reference_divergence: DivergenceEstimator | None = None
+    beta: BetaScheduler | None = None
+    reference_beta: BetaScheduler | None = None
+    masker: Masker | None = None
+    objective: PolicyObjective | None = None
+    schedules: Mapping[str, BetaScheduler] = field(default_factory=dict)
+
+    def components(self) -> Iterator[Component]:
+        """Yield every part that is there."""
+        slots = (self.sampler, self.teacher, self.reference, *self.rewards, self.divergence, self.reference_divergence)
+        more = (self.beta, self.reference_beta, self.masker, self.objective, *self.schedules.values())
+        yield from (part for part in (*slots, *more) if part is not None)
+
+
+def teacher_request(parts: StepParts) -> ScoreRequest:
+    """Return the union of what objective, divergence and masker ask of the teacher."""
+    request = ScoreRequest()
+    for part in (parts.divergence, parts.objective, parts.masker):
+        if part is not None:
+            request = request | part.needs
+    return request
+
+
+def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
+    """Refuse parts that cannot work together; every problem is reported at once.
+
+    Raises:
+        ConfigError: with one paragraph per problem.
+    """
+    problems = [
+        *_sampling(parts),
+        *_learning(parts, distill_through),
+        *_teacher(parts),
+        *_divergence(parts, distill_through),
+        *_reference(parts),
+        *_schedules(parts),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _sampling(parts: StepParts) -> Iterator[str]:
+    sampler = parts.sampler
+    if sampler.temperature == 0:
+        hint = "model.sampler.temperature: 1.0"
+        yield problem("model.sampler.temperature: training needs draws, not the mode", got=0, expected="> 0", hint=hint)
+    if sampler.top_p < 1:
+        hint = "model.sampler.top_p: 1.0 (evaluation sets have their own top_p)"
+        where = "model.sampler.top_p: the importance ratio of truncated sampling is not defined in training"
+        yield problem(where, got=sampler.top_p, expected="1.0", hint=hint)
+    if sampler.group_size == 1 and parts.objective is not None and parts.rewards:
+        where = "model.sampler.group_size: the group is the baseline; with one rollout every advantage is 0"
+        hint = "model.sampler.group_size: 8, or model.rewards: [] to distil alone"
+        yield problem(where, got=1, expected="at least 2 with rewards and an objective", hint=hint)
+
+
+def _learning(parts: StepParts, distill_through: DistillThrough) -> Iterator[str]:
+    if parts.objective is None and parts.divergence is None:
+        hint = "model.objective: grpo, or model.divergence: k2 with a model.teacher"
+        yield problem("model: nothing to learn from", got="objective null and divergence null", hint=hint)
+    if parts.objective is not None and not parts.rewards and (parts.divergence is None or distill_through == "loss"):
+        where = f"model.rewards: the objective {type(parts.objective).__name__} has no rewards to learn from"
+        yield problem(where, got="[]", hint="model.rewards: [math_verify], or model.objective: null to distil alone")
+
+
+def _teacher(parts: StepParts) -> Iterator[str]:
+    if parts.teacher is None:
+        for key in ("divergence", "objective", "masker"):
+            part = getattr(parts, key)
+            if part is not None and part.needs:
+                where = f"model.teacher: {key} {type(part).__name__} needs a teacher"
+                hint = f"model.teacher: {{name: local, path: ...}}, or model.{key}: null"
+                if key == "objective":
+                    hint = "model.teacher: {name: local, path: ...}, or model.objective: grpo"
+                yield problem(where, got="null", expected=f"a teacher that gives {_describe(part.needs)}", hint=hint)
+        return
+    for key in ("divergence", "objective", "masker"):
+        part = getattr(parts, key)
+        if part is not None and (lacking := _lacking(parts.teacher.offers, part.needs)):
+            where = f"model.{key}: {type(part).__name__} needs what the teacher {type(parts.teacher).__name__} does not give"
+            hint = "model.teacher: {name: local, path: ...} gives everything"
+            yield problem(where, got=_describe(parts.teacher.offers), expected=lacking, hint=hint)
+
+
+def _divergence(parts: StepParts, distill_through: DistillThrough) -> Iterator[str]:
+    if parts.divergence is None:
+        return
+    if distill_through not in parts.divergence.allowed_through:
+        name = type(parts.divergence).__name__
+        where = f"model.distill_through: {name} cannot be used as {_article(distill_through)}: {parts.divergence.why_not}"
+        allowed = " or ".join(parts.divergence.allowed_through)
+        hint = f"model.distill_through: {parts.divergence.allowed_through[0]}"
+        yield problem(where, got=distill_through, expected=allowed, hint=hint)
+    if parts.beta is None:
+        yield problem("model.beta: the divergence has no coefficient", got="null", expected="a number", hint="model.beta: 0.02")
+    if distill_through != "loss" and parts.objective is None:
+        where = f"model.objective: distilling through the {distill_through} needs a policy gradient"
+        yield problem(where, got="null", hint="model.objective: grpo")
+
+
+def _reference(parts: StepParts) -> Iterator[str]:
+    reference, divergence = parts.reference, parts.reference_divergence
+    if reference is None:
+        return
+    if divergence is None or parts.reference_beta is None:
+        where = "model.reference: a reference needs a divergence and a coefficient"
+        got = f"reference_divergence {divergence}, reference_beta {parts.reference_beta}"
+        yield problem(where, got=got, hint="model.reference_divergence: k2 and model.reference_beta: 0.001")
+    elif "loss" not in divergence.allowed_through:
+        where = f"model.reference_divergence: {type(divergence).__name__} cannot be used as a loss: {divergence.why_not}"
+        yield problem(where, hint="model.reference_divergence: k2")
+    elif lacking := _lacking(reference.offers, divergence.needs):
+        yield problem("model.reference_divergence", got=_describe(reference.offers), expected=lacking)
+
+
+def _schedules(parts: StepParts) -> Iterator[str]:
+    known = list(SCHEDULED_SCALARS)
+    for key in _SCHEDULED_PARTS:
+        part = getattr(parts, key)
+        if part is not None:
+            numbers = (n for n, v in vars(part).items() if isinstance(v, int | float) and not isinstance(v, bool))
+            known += [f"{key}.{name}" for name in numbers]
+    for path in parts.schedules:
+        if path not in known:
+            yield problem(
+                f"model.schedules.{path}: no such number",
+                got=path,
+                expected=", ".join(known),
+                hint=did_you_mean(path, known),
+            )
+
+
+def _lacking(offers: ScoreRequest, needs: ScoreRequest) -> str | None:
+    lacking = [
+        text
+        for text, missing in (
+            ("sampled log-probs", needs.sampled and not offers.sampled),
+            (f"its top {needs.topk} log-probs (it gives {offers.topk})", needs.topk > offers.topk),
+            ("log-probs at the student's top tokens", needs.student_topk > offers.student_topk),
+            ("whole distributions", needs.full and not offers.full),
+            ("entropies", needs.entropy and not offers.entropy),
+        )
+        if missing
+    ]
+    return ", ".join(lacking) or None
+
+
+def _describe(request: ScoreRequest) -> str:
+    parts = [
+        text
+        for text, there in (
+            ("sampled log-probs", request.sampled),
+            (f"top-{request.topk} log-probs", request.topk > 0),
+            ("log-probs at the student's top tokens", request.student_topk > 0),
+            ("whole distributions", request.full),
+            ("entropies", request.entropy),
+        )
+        if there
+    ]
+    return ", ".join(parts) or "nothing"
+
+
+def _article(distill_through: str) -> str:
+    return f"an {distill_through}" if distill_through[0] in "aeiou" else f"a {distill_through}"

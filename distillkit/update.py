@@ -1,0 +1,364 @@
+"""From a prepared batch to optimizer steps: coefficients once, then micro-batches.
+
+Whatever the split into micro-batches or ranks, the order, the padding or the head's chunk size, an update has the same
+gradient: every denominator is counted over the whole update and all ranks before the first backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distillkit.backends import StepBackend
+from distillkit.components import Aggregation, DistillThrough, DivergenceEstimator, Masker, PolicyObjective
+from distillkit.functional.aggregation import denominator, token_coefficients
+from distillkit.functional.objectives import importance_weights
+from distillkit.functional.packing import micro_batches
+from distillkit.meters import Meters
+from distillkit.models import ScorePlan
+from distillkit.types import RewardOutput, RolloutBatch, SamplingSettings, StudentScores, TeacherScores, TokenWeights
+
+__all__ = ["PreparedBatch", "StepContext", "StepSettings", "UpdateResult", "old_policy_scores", "update"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The step's own numbers, named as in the YAML under `model`.
+
+    `tokens_per_micro_batch` counts padding. `normalize: eligible` divides by the tokens before the masker, so that masking
+    does not raise the effective β; `kept` by those after it. `distil_aggregation` None follows the objective (`token` without
+    one). `importance_cap` truncates the correction of tokens that another policy sampled; None switches it off.
+    `reward_shaping` says how a rollout's divergence enters its reward under `distill_through: reward`.
+    """
+
+    distill_through: DistillThrough = "loss"
+    inner_epochs: int = 1
+    minibatches: int = 1
+    tokens_per_micro_batch: int = 16384
+    max_grad_norm: float | None = 1.0
+    distil_temperature: float = 1.0
+    policy_weight: float = 1.0
+    normalize: Literal["eligible", "kept"] = "eligible"
+    distil_aggregation: Aggregation | None = None
+    reward_shaping: Literal["mean", "sum"] = "mean"
+    importance_cap: float | None = 2.0
+    skip_zero_weight: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """The parts and scalars of one step, schedules applied."""
+
+    step: int
+    sampling: SamplingSettings
+    objective: PolicyObjective | None
+    divergence: DivergenceEstimator | None
+    masker: Masker | None
+    reference_divergence: DivergenceEstimator | None
+    beta: float
+    reference_beta: float
+    policy_weight: float
+    distil_temperature: float
+    scheduled: Mapping[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the scheduled numbers by metric name."""
+        betas = {"train/beta": self.beta} if self.divergence is not None else {}
+        if self.reference_divergence is not None:
+            betas["train/reference_beta"] = self.reference_beta
+        return {**betas, **{f"schedule/{path}": value for path, value in self.scheduled.items()}}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedBatch:
+    """Everything decided before the first backward; [N, L] float32 grids, detached.
+
+    `old_logprobs` is None when the first forward of the only update gives them; `frozen_divergence` is the divergence of
+    the old policy, where the distillation goes through an advantage or a reward and a pass was needed to know it.
+    """
+
+    rollouts: RolloutBatch
+    rewards: RewardOutput | None
+    teacher: TeacherScores | None
+    reference: TeacherScores | None
+    weights: TokenWeights
+    context: StepContext
+    plan: ScorePlan
+    same_engine: bool
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    old_logprobs: Tensor | None = None
+    frozen_divergence: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UpdateResult:
+    """`per_token`: name -> [N, L] float32, NaN where not computed; `tokens` sent through the student."""
+
+    per_token: Mapping[str, Tensor]
+    updates: int
+    skipped: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Coefficients:
+    """The detached factor [N, L] of each loss term, and the rollouts [n] for which any of them is not 0."""
+
+    policy: Tensor
+    distil: Tensor
+    reference: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _MicroBatch:
+    """Rollouts `index` [n] of the batch; `real` is False for the dummy that keeps a rank in step with the others."""
+
+    index: Tensor
+    real: bool
+
+
+def update(
+    batch: PreparedBatch, settings: StepSettings, device: torch.device, backend: StepBackend, meters: Meters
+) -> UpdateResult:
+    """Run `inner_epochs × minibatches` optimizer steps on one batch; a non-finite one is dropped on every rank."""
+    record = _Record(batch)
+    updates = skipped = tokens = 0
+    for epoch in range(settings.inner_epochs):
+        for rows in _minibatches(batch, settings, epoch):
+            first = epoch == 0
+            coefficients = _coefficients(batch, settings, rows, backend)
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            parts = list(_split(batch.rollouts, coefficients.active, settings, backend))
+            for i, part in enumerate(parts):
+                loss, scores = _loss(batch, settings, coefficients, part, backend, meters if first else Meters())
+                backend.backward(loss * backend.world_size, last=i == len(parts) - 1)
+                total += loss.detach().double()
+                if part.real:
+                    tokens += int(batch.rollouts.lengths[part.index].sum())
+                    if first:
+                        record.keep(part.index, scores)
+            done = _finish(total, settings, backend, meters)
+            updates, skipped = updates + done, skipped + (not done)
+    meters.add_count("train/skipped_updates", skipped / backend.world_size)
+    return UpdateResult(per_token=record.grids, updates=updates, skipped=skipped, tokens=tokens)
+
+
+@torch.no_grad()
+def old_policy_scores(
+    batch: PreparedBatch, settings: StepSettings, device: torch.device, backend: StepBackend
+) -> StudentScores:
+    """Score the whole batch with the weights that sampled it, before the first update changes them."""
+    shape = batch.rollouts.tokens.shape
+    logprobs, divergence = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    everything = torch.arange(len(batch.rollouts), device=device)
+    for part in _split(batch.rollouts, everything, settings, backend):
+        scores = _forward(batch, part.index, backend)
+        if not part.real:
+            continue
+        length = scores.logprobs.shape[1]
+        logprobs[part.index, :length] = scores.logprobs
+        if scores.divergence is not None:
+            divergence[part.index, :length] = scores.divergence
+    return StudentScores(
+        loss_mask=batch.rollouts.loss_mask, logprobs=logprobs, distil_logprobs=logprobs, divergence=divergence
+    )
+
+
+def _minibatches(batch: PreparedBatch, settings: StepSettings, epoch: int) -> Iterator[Tensor]:
+    n, device = len(batch.rollouts), batch.rollouts.tokens.device
+    if settings.minibatches == 1:
+        yield torch.ones(n, dtype=torch.bool, device=device)
+        return
+    generator = torch.Generator().manual_seed(batch.context.step * settings.inner_epochs + epoch)
+    order = torch.randperm(n, generator=generator)
+    for share in order.tensor_split(settings.minibatches):
+        rows = torch.zeros(n, dtype=torch.bool)
+        rows[share] = True
+        yield rows.to(device)
+
+
+def _coefficients(batch: PreparedBatch, settings: StepSettings, rows: Tensor, backend: StepBackend) -> _Coefficients:
+    mask = batch.rollouts.loss_mask & rows[:, None]
+    context, objective = batch.context, batch.context.objective
+    inline = settings.distill_through == "advantage" and batch.plan.divergence is not None
+    nothing = torch.zeros_like(mask)
+    ones = torch.ones_like(batch.weights.policy)
+    taught = nothing if batch.teacher is None else mask & batch.teacher.valid
+    scored = mask & batch.scored[:, None]
+    as_loss = settings.distill_through == "loss" and batch.plan.divergence is not None
+    terms = {
+        "policy": (
+            nothing if objective is None else (scored | taught if inline else scored),
+            ones if inline else batch.weights.policy,
+            "token" if objective is None else objective.aggregation,
+        ),
+        "distil": (taught if as_loss else nothing, batch.weights.distil, _distil_aggregation(settings, objective)),
+        "reference": (
+            mask & batch.reference.valid if batch.reference is not None and context.reference_beta else nothing,
+            ones,
+            "token" if objective is None else objective.aggregation,
+        ),
+    }
+    if settings.normalize == "kept":
+        terms = {k: (eligible & (weights != 0), weights, how) for k, (eligible, weights, how) in terms.items()}
+    constant = batch.rollouts.settings.max_new_tokens
+    if objective is not None and objective.constant_length is not None:
+        constant = objective.constant_length
+    counts = torch.stack([denominator(eligible, how, constant) for eligible, _, how in terms.values()])
+    totals = backend.all_reduce(counts, "sum").tolist()
+    policy, distil, reference = (
+        token_coefficients(eligible, weights, how, total)
+        for (eligible, weights, how), total in zip(terms.values(), totals, strict=True)
+    )
+    distil, reference = distil * context.beta, reference * context.reference_beta
+    learns = (batch.advantages != 0) | (taught & (batch.weights.distil * context.beta != 0) if inline else nothing)
+    active = ((policy != 0) & learns) | (distil != 0) | (reference != 0)
+    keep = active.any(dim=1) if settings.skip_zero_weight else rows
+    return _Coefficients(policy=policy, distil=distil, reference=reference, active=keep.nonzero().squeeze(1))
+
+
+def _distil_aggregation(settings: StepSettings, objective: PolicyObjective | None) -> Aggregation:
+    if settings.distil_aggregation is not None:
+        return settings.distil_aggregation
+    return "token" if objective is None else objective.aggregation
+
+
+def _split(
+    rollouts: RolloutBatch, index: Tensor, settings: StepSettings, backend: StepBackend
+) -> Iterator[_MicroBatch]:
+    """Yield micro-batches of whole rollouts, as many as the rank with the most has, and at least one."""
+    lengths = rollouts.lengths
+    plan = micro_batches(lengths[index].tolist(), settings.tokens_per_micro_batch)
+    agreed = int(backend.all_reduce(torch.tensor([len(plan)], device=index.device), "max")[0])
+    for positions in plan:
+        yield _MicroBatch(index=index[torch.tensor(positions, device=index.device)], real=True)
+    for _ in range(max(agreed, 1) - len(plan)):
+        yield _MicroBatch(index=lengths.argmin().reshape(1), real=False)
+
+
+def _forward(batch: PreparedBatch, index: Tensor, backend: StepBackend) -> StudentScores:
+    rollouts = batch.rollouts.select(index)
+    length = rollouts.tokens.shape[1]
+    teacher, reference = (None if s is None else s.select(index, length) for s in (batch.teacher, batch.reference))
+    return backend.score(rollouts, batch.plan, teacher, reference)
+
+
+def _loss(
+    batch: PreparedBatch,
+    settings: StepSettings,
+    coefficients: _Coefficients,
+    part: _MicroBatch,
+    backend: StepBackend,
+    meters: Meters,
+) -> tuple[Tensor, StudentScores]:
+    """Return the micro-batch's share of the update's loss, and the scores it came from."""
+    index, context = part.index, batch.context
+    scores = _forward(batch, index, backend)
+    length = scores.logprobs.shape[1]
+    cut = (index, slice(None, length))
+    teacher = None if batch.teacher is None else batch.teacher.select(index, length)
+    old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[cut]
+    real = scores.loss_mask & part.real
+    loss = (scores.logprobs.sum() + scores.distil_logprobs.sum()) * 0.0
+    correction = _off_policy(batch, settings, scores, old, cut)
+    if context.objective is not None:
+        advantages = _advantages(batch, settings, scores, cut)
+        policy = context.objective.loss(scores, old, teacher, advantages)
+        factor = coefficients.policy[cut] * correction.policy * part.real
+        loss = loss + _weighted(policy, factor)
+        counted = real & (coefficients.policy[cut] != 0)
+        for name, values in context.objective.diagnostics(scores, old, teacher, advantages).items():
+            meters.add(f"train/{name}", values, counted)
+    if scores.divergence is not None:
+        counted = real if teacher is None else real & teacher.valid
+        meters.add("train/divergence", scores.divergence, counted)
+        loss = loss + _weighted(scores.divergence, coefficients.distil[cut] * correction.distil * part.real)
+    if scores.reference_divergence is not None:
+        meters.add("train/reference_divergence", scores.reference_divergence, real)
+        loss = loss + _weighted(scores.reference_divergence, coefficients.reference[cut] * part.real)
+    meters.add_count("train/loss", float(loss.detach()))
+    return loss, scores
+
+
+def _weighted(values: Tensor, factor: Tensor) -> Tensor:
+    # A value that does not count may be infinite; 0 · inf would spoil the sum and, through it, the gradient.
+    return (torch.where(factor != 0, values, 0.0) * factor).sum()
+
+
+def _advantages(
+    batch: PreparedBatch, settings: StepSettings, scores: StudentScores, cut: tuple[Tensor, slice]
+) -> Tensor:
+    advantages = batch.advantages[cut]
+    if settings.distill_through != "advantage" or scores.divergence is None:
+        return advantages
+    divergence = scores.divergence.detach() if batch.frozen_divergence is None else batch.frozen_divergence[cut]
+    taught = batch.context.beta * batch.weights.distil[cut] * divergence
+    return advantages * batch.weights.policy[cut] - taught
+
+
+def _off_policy(
+    batch: PreparedBatch, settings: StepSettings, scores: StudentScores, old: Tensor, cut: tuple[Tensor, slice]
+) -> TokenWeights:
+    """Truncated weights: old over behaviour for the objective, whose ratio holds the rest; current over behaviour for an
+    estimator that sees sampled tokens only (whole distributions need none)."""
+    ones = torch.ones_like(old)
+    cap = settings.importance_cap
+    if cap is None:
+        return TokenWeights(policy=ones, distil=ones)
+    behaviour = old if batch.same_engine else batch.rollouts.behaviour_logprobs[cut]
+    divergence = batch.plan.divergence
+    sees_samples = divergence is not None and divergence.needs.sampled
+    policy = ones if batch.same_engine else importance_weights(old, behaviour, cap)
+    distil = importance_weights(scores.logprobs, behaviour, cap) if sees_samples else ones
+    return TokenWeights(policy=policy, distil=distil)
+
+
+def _finish(total: Tensor, settings: StepSettings, backend: StepBackend, meters: Meters) -> bool:
+    """Clip and step, unless loss or gradient is not finite on any rank; return whether the optimizer stepped."""
+    norm = backend.clip_and_norm(settings.max_grad_norm)
+    finite = torch.isfinite(total) & torch.isfinite(norm)
+    if not bool(backend.all_reduce(finite.to(torch.int64).reshape(1), "min")[0]):
+        backend.zero_grad()
+        return False
+    meters.add_sum("train/grad_norm", float(norm), 1.0)
+    backend.optimizer_step()
+    backend.zero_grad()
+    return True
+
+
+class _Record:
+    """Per-token values of the first inner epoch, for the rollout file."""
+
+    def __init__(self, batch: PreparedBatch) -> None:
+        shape = batch.rollouts.tokens.shape
+        blank = torch.full(shape, float("nan"), device=batch.rollouts.tokens.device)
+        self.grids: dict[str, Tensor] = {
+            "student_logprobs": blank.clone(),
+            "old_logprobs": blank.clone() if batch.old_logprobs is None else batch.old_logprobs,
+            "policy_weight": batch.weights.policy,
+            "distil_weight": batch.weights.distil,
+            "advantages": batch.advantages,
+        }
+        self._own_old = batch.old_logprobs is None
+        for name, scores in (("teacher", batch.teacher), ("reference", batch.reference)):
+            if scores is not None:
+                known = blank if scores.sampled is None else scores.sampled.masked_fill(~scores.valid, float("nan"))
+                self.grids[f"{name}_logprobs"] = known.clone()
+        if batch.plan.divergence is not None:
+            self.grids["divergence"] = blank.clone()
+
+    def keep(self, index: Tensor, scores: StudentScores) -> None:
+        found = {"student_logprobs": scores.logprobs, "divergence": scores.divergence}
+        if self._own_old:
+            found["old_logprobs"] = scores.logprobs
+        if scores.teacher_logprobs is not None:
+            found["teacher_logprobs"] = scores.teacher_logprobs
+        for name, values in found.items():
+            if values is not None and name in self.grids:
+                self.grids[name][index, : values.shape[1]] = values.detach().to(self.grids[name].dtype)
