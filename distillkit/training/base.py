@@ -1,0 +1,352 @@
+"""What the on-policy and the supervised module share: the student, evaluation, steps, and what a resumed run needs."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from distillkit import embedded
+from distillkit.components import Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
+from distillkit.data import EvalBatch, PromptBatch, PromptData
+from distillkit.errors import ConfigError, DataError, ModelError, TrainingStopped, problem
+from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
+from distillkit.models import (
+    Dtype,
+    StudentScorer,
+    enable_gradient_checkpointing,
+    end_token_ids,
+    fingerprint,
+    load_causal_lm,
+    load_tokenizer,
+    model_vocab_size,
+)
+from distillkit.training.backend import check_trainer
+from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.types import StepOutput
+
+__all__ = ["StudentModule", "at_least"]
+
+
+class StudentModule(pl.LightningModule):
+    """A student with its own steps: `training_step` of a subclass runs one and calls `finish_step`.
+
+    Args:
+        student: checkpoint to train.
+        sampler: draws completions in evaluation (and in training, where the subclass samples).
+        rewards: judge completions.
+        frozen: models that only score; they are never part of the module's parameters or checkpoint.
+        dtype: of the student's weights.
+        head_chunk: token positions per head call.
+        gradient_checkpointing: recompute activations in the backward pass.
+        optimizer: over the trainable parameters.
+        lr_scheduler: stepped once per step.
+        max_skipped_updates: stop after so many dropped updates in a row.
+        validate_at_start: evaluate before the first step.
+    """
+
+    needs_completions = False
+
+    def __init__(
+        self,
+        *,
+        student: str,
+        sampler: RolloutSampler | None,
+        rewards: Sequence[RewardFn],
+        frozen: Mapping[str, TeacherScorer],
+        dtype: Dtype,
+        head_chunk: int | None,
+        gradient_checkpointing: bool,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        max_skipped_updates: int,
+        validate_at_start: bool,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = student
+        self.sampler = sampler
+        self.rewards = tuple(rewards)
+        self.frozen = frozen
+        self.dtype_name = dtype
+        self.head_chunk = None if head_chunk is None else at_least("head_chunk", head_chunk, 1)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.max_skipped_updates = at_least("max_skipped_updates", max_skipped_updates, 1)
+        self.validate_at_start = validate_at_start
+        self.rollout_step = 0
+        self.last_output: StepOutput | None = None
+        self.last_results: dict[str, list[ProblemResult]] = {}
+        self.bad_gold: list[str] = []
+        self._cursor = 0
+        self._skipped_in_a_row = 0
+        self._random: Mapping[str, Any] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._info: StudentInfo | None = None
+        self._metrics: dict[str, EvalMetrics] = {}
+
+    @abstractmethod
+    def components(self) -> Sequence[Component]:
+        """Return every part that has to be set up, frozen models excepted."""
+
+    @abstractmethod
+    def build(self, training: bool) -> None:
+        """Make what the steps need, once the student is loaded and every part is set up."""
+
+    def step_state(self) -> dict[str, Any]:
+        """Return what the subclass adds to a checkpoint."""
+        return {}
+
+    def load_step_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `step_state`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.student, where="model.student")
+        return self._tokenizer
+
+    @property
+    def student_model(self) -> PreTrainedModel:
+        """The model inside the scorer: what is exported."""
+        model = self.scorer.model
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    @property
+    def student_info(self) -> StudentInfo:
+        """What the parts know of the student; there from `setup` on."""
+        if self._info is None:
+            raise ModelError(problem(type(self).__name__, got="used before setup", hint="run it with a Trainer"))
+        return self._info
+
+    @property
+    def prompt_data(self) -> PromptData:
+        """The run's data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, PromptData):
+            got = type(data).__name__ if data is not None else "none"
+            hint = "trainer.fit(module, datamodule=PromptData(...))"
+            raise ConfigError(problem("trainer: the data module", got=got, expected="distillkit.data.PromptData", hint=hint))
+        return data
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, from `seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests of the models, for `environment.json` and for resuming."""
+        return {"student": fingerprint(self.student), **{key: part.identity() for key, part in self.frozen.items()}}
+
+    def setup(self, stage: str) -> None:
+        """Check data and tokenizers first, then load the frozen models and the student, then start the parts."""
+        if self._info is not None:
+            return
+        training = stage == "fit"
+        if training:
+            check_trainer(self.trainer)
+        self._check_gold(training)
+        self._info = self._student_info(training)
+        for part in self.frozen.values() if training else ():
+            part.setup(self._info)
+        model = load_causal_lm(self.student, where="model.student", dtype=self.dtype_name)
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        model.to(self._info.device)
+        model.train()
+        self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
+        for component in self.components():
+            component.setup(self._info)
+        self.build(training)
+
+    def teardown(self, stage: str) -> None:
+        """Stop pools and free the frozen models."""
+        for component in (*self.components(), *self.frozen.values()):
+            component.teardown()
+        self._info = None
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and learning-rate scheduler over the trainable parameters."""
+        optimizer = self.make_optimizer([p for p in self.scorer.parameters() if p.requires_grad])
+        if self.make_lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.make_lr_scheduler(optimizer)]
+
+    def on_train_start(self) -> None:
+        """Evaluate the untouched student, as step 0."""
+        if self.rollout_step == 0 and self.validate_at_start and self.trainer.enable_validation:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Restore the random states of a resumed run, after everything that might have drawn from them."""
+        if self._random is not None:
+            restore_random(self._random)
+            self._random = None
+
+    def finish_step(self, output: StepOutput, batch: PromptBatch) -> None:
+        """Count the step, move the learning rate, log, and stop a run whose updates are all dropped."""
+        self.rollout_step += 1
+        self._cursor = batch.next_cursor
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        metrics = {**output.metrics, "train/learning_rate": optimizer.param_groups[0]["lr"]}
+        self._count_step()
+        self._step_scheduler(output)
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.rollout_step)
+        self.log_dict(metrics, logger=False, batch_size=1)
+        self.last_output = output
+        self._skipped_in_a_row = 0 if output.updates else self._skipped_in_a_row + output.skipped
+        if self._skipped_in_a_row >= self.max_skipped_updates:
+            where = f"step {self.rollout_step}: {self._skipped_in_a_row} updates in a row had a non-finite loss or gradient"
+            hint = "a lower learning rate or model.beta; checkpoints/last.ckpt is from before or holds the same weights"
+            raise TrainingStopped(problem(where, got="NaN or Inf", expected="finite numbers", hint=hint))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start empty metrics for every evaluation set, and hand the sampler the weights."""
+        stage = "test" if self.trainer.testing else "val"
+        self.last_results = {}
+        self._metrics = {
+            s.name: EvalMetrics(s.name, k=s.k, ks=s.pass_ks, stage=stage).to(self.student_info.device)
+            for s in self.prompt_data.val
+        }
+        if self.sampler is not None:
+            self.sampler.sync(self.scorer)
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answer and judge one batch of problems of one evaluation set."""
+        results = self.predict_step(batch, batch_idx, dataloader_idx)
+        self._metrics[batch.eval_set.name].update(results)
+        self.last_results.setdefault(batch.eval_set.name, []).extend(results)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `<stage>/<set>/<metric>` of every set."""
+        values = {name: float(v) for metrics in self._metrics.values() for name, v in metrics.compute().items()}
+        self.log_dict(values, logger=False)
+        if not self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics(values, step=self.rollout_step)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_predict_epoch_start(self) -> None:
+        """Hand the sampler the weights."""
+        if self.sampler is not None:
+            self.sampler.sync(self.scorer)
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> list[ProblemResult]:
+        """Return the results of one batch of problems: completions with their rewards."""
+        if self.sampler is None:
+            hint = "model.sampler: hf"
+            raise ConfigError(problem("model.sampler: evaluation needs a sampler", got="null", hint=hint))
+        return evaluate_batch(
+            batch,
+            sampler=self.sampler,
+            rewards=self.rewards,
+            student_info=self.student_info,
+            seed=self.seed,
+            policy_version=self.rollout_step,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed run needs beside weights and optimizer."""
+        checkpoint["distillkit"] = {
+            "rollout_step": self.rollout_step,
+            "cursor": self._cursor,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "step": self.step_state(),
+            "random": random_states(),
+            "models": self.fingerprint(),
+            "data": self.prompt_data.fingerprint(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore `on_save_checkpoint`; other frozen models or other training data than the checkpoint's are refused."""
+        if "distillkit" not in checkpoint:
+            raise ConfigError(problem("--ckpt_path: not a distillkit checkpoint", hint="model.student takes model folders"))
+        state = checkpoint["distillkit"]
+        self.rollout_step, self._cursor = state["rollout_step"], state["cursor"]
+        if self.trainer.state.fn != "fit":
+            return
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._random = state["random"]
+        self.load_step_state(state["step"])
+        now = self.fingerprint()
+        for key, saved in state["models"].items():
+            if now.get(key) != saved:
+                where = f"model.{key}: not the model that the checkpoint was trained with"
+                raise ConfigError(problem(where, got=now.get(key), expected=saved, hint="start a new run"))
+        self.prompt_data.check_fingerprint(state["data"])
+        self.prompt_data.start_cursor = self._cursor
+
+    def _student_info(self, training: bool) -> StudentInfo:
+        tokenizer = self.tokenizer
+        sizes = [model_vocab_size(self.student, where="model.student")]
+        sizes += [part.vocab_size for part in self.frozen.values() if training and part.vocab_size is not None]
+        assert tokenizer.pad_token_id is not None
+        return StudentInfo(
+            tokenizer=tokenizer,
+            vocab_limit=min(sizes),
+            eos_token_ids=end_token_ids(tokenizer, _generation_config(self.student)),
+            pad_token_id=int(tokenizer.pad_token_id),
+            device=self.trainer.strategy.root_device,
+        )
+
+    def _check_gold(self, training: bool) -> None:
+        """Ask every reward whether it can use the gold of every row, before any model is loaded."""
+        data = self.prompt_data
+        named = [(f"data.val.{s.name}", p) for s, p in zip(data.val, data.val_prompts, strict=False)]
+        if training and data.train_prompts is not None:
+            named.insert(0, ("data.train", data.train_prompts))
+        self.bad_gold = []
+        for where, prompts in named:
+            for reward in self.rewards:
+                kept, name = set(prompts.kept), type(reward).__name__
+                bad = [(i, reason) for i, reason in reward.check_rows(prompts.our_rows()) if i in kept]
+                lines = [f"{prompts.rows.place(i)}: {reason}" for i, reason in bad]
+                if lines and len(lines) == len(prompts):
+                    what = f"{where}: {name} can use the gold answer of no row"
+                    raise DataError(problem(what, got=lines[0], expected="a gold answer", hint=f"{where}.columns"))
+                self.bad_gold += [f"{where}, {name}: {line}" for line in lines]
+
+    def _count_step(self) -> None:
+        # Lightning counts optimizer steps. A rollout step may take several updates, or none when all were dropped; one
+        # tick per rollout step keeps `max_steps`, checkpoints and validation in the unit that users set.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def _step_scheduler(self, output: StepOutput) -> None:
+        scheduler: Any = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(output.metrics["train/reward"])
+        elif scheduler is not None:
+            scheduler.step()
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """Return `value`, or refuse one below `least` with its YAML path."""
+    if value < least:
+        raise ConfigError(problem(f"model.{name}", got=value, expected=f"at least {least}"))
+    return value
+
+
+def _generation_config(path: str) -> Any:
+    source = embedded.resolve(path)
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -1,0 +1,204 @@
+"""The on-policy module: Lightning around `distillkit.step`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from distillkit.betas.constant import Constant
+from distillkit.components import (
+    Aggregation,
+    BetaScheduler,
+    Component,
+    DistillThrough,
+    DivergenceEstimator,
+    Masker,
+    PolicyObjective,
+    RewardFn,
+    RolloutSampler,
+    TeacherScorer,
+)
+from distillkit.data import PromptBatch
+from distillkit.models import Dtype
+from distillkit.refusals import StepParts, check_parts
+from distillkit.rewards import as_reward
+from distillkit.step import DistillationStep
+from distillkit.training.backend import LightningBackend
+from distillkit.training.base import StudentModule, at_least
+from distillkit.types import SampleRequest
+from distillkit.update import StepSettings
+
+__all__ = ["OnPolicyDistillation"]
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-6)
+
+
+class OnPolicyDistillation(StudentModule):
+    """Trains a student on its own rollouts with rewards, a teacher, or both.
+
+    One `training_step` is one rollout step; `trainer.max_steps` counts those. The parts fill the slots of the step, see
+    `distillkit components`; an empty slot is null.
+
+    Args:
+        student: checkpoint to train: a local folder, a hub name, or `embedded:student`.
+        sampler: draws the rollouts.
+        rewards: task rewards, each with an optional weight.
+        teacher: scores the student's tokens.
+        divergence: between student and teacher.
+        beta: coefficient of the divergence, a number or a schedule.
+        distill_through: differentiate the divergence (loss), or use it detached as an advantage or a reward.
+        masker: which tokens each term may learn from.
+        objective: the policy gradient; null distils alone.
+        reference: a second frozen model to stay near to.
+        reference_divergence: between student and reference, as a loss.
+        reference_beta: coefficient of the reference divergence.
+        schedules: named numbers that change with the step, such as `sampler.temperature` or `policy_weight`.
+        inner_epochs: passes over each rollout batch.
+        minibatches: updates per pass.
+        tokens_per_micro_batch: token budget of one forward and backward, padding included.
+        head_chunk: token positions per call of the output head; null keeps a chunk's logits near 256 MiB.
+        max_grad_norm: global gradient norm; null does not clip.
+        distil_temperature: of both sides in divergences.
+        policy_weight: factor on the objective's advantages.
+        normalize: denominators count tokens before (eligible) or after (kept) the masker.
+        distil_aggregation: of the divergence; null follows the objective.
+        reward_shaping: mean or sum over a rollout's tokens when distilling through the reward.
+        importance_cap: truncation of the correction for tokens that another policy sampled; null switches it off.
+        skip_zero_weight: do not send rollouts through the student whose every coefficient is 0.
+        dtype: of the student's weights.
+        gradient_checkpointing: recompute the student's layers in the backward pass.
+        optimizer: over the student's trainable parameters.
+        lr_scheduler: stepped once per rollout step.
+        max_skipped_updates: stop after so many non-finite updates in a row.
+        validate_at_start: evaluate before the first step.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: str,
+        sampler: RolloutSampler,
+        rewards: list[RewardFn] | None = None,
+        teacher: TeacherScorer | None = None,
+        divergence: DivergenceEstimator | None = None,
+        beta: BetaScheduler | float | None = None,
+        distill_through: DistillThrough = "loss",
+        masker: Masker | None = None,
+        objective: PolicyObjective | None = None,
+        reference: TeacherScorer | None = None,
+        reference_divergence: DivergenceEstimator | None = None,
+        reference_beta: BetaScheduler | float | None = None,
+        schedules: dict[str, BetaScheduler] | None = None,
+        inner_epochs: int = 1,
+        minibatches: int = 1,
+        tokens_per_micro_batch: int = 16384,
+        head_chunk: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        distil_temperature: float = 1.0,
+        policy_weight: float = 1.0,
+        normalize: Literal["eligible", "kept"] = "eligible",
+        distil_aggregation: Aggregation | None = None,
+        reward_shaping: Literal["mean", "sum"] = "mean",
+        importance_cap: float | None = 2.0,
+        skip_zero_weight: bool = True,
+        dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = _adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_skipped_updates: int = 5,
+        validate_at_start: bool = True,
+    ) -> None:
+        super().__init__(
+            student=student,
+            sampler=sampler,
+            rewards=[as_reward(reward) for reward in rewards or ()],
+            frozen={key: part for key, part in (("teacher", teacher), ("reference", reference)) if part is not None},
+            dtype=dtype,
+            head_chunk=head_chunk,
+            gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            max_skipped_updates=max_skipped_updates,
+            validate_at_start=validate_at_start,
+        )
+        self.parts = StepParts(
+            sampler=sampler,
+            teacher=teacher,
+            reference=reference,
+            rewards=self.rewards,
+            divergence=divergence,
+            reference_divergence=reference_divergence,
+            beta=_as_beta(beta),
+            reference_beta=_as_beta(reference_beta),
+            masker=masker,
+            objective=objective,
+            schedules=schedules or {},
+        )
+        self.settings = StepSettings(
+            distill_through=distill_through,
+            inner_epochs=at_least("inner_epochs", inner_epochs, 1),
+            minibatches=at_least("minibatches", minibatches, 1),
+            tokens_per_micro_batch=at_least("tokens_per_micro_batch", tokens_per_micro_batch, 1),
+            max_grad_norm=max_grad_norm,
+            distil_temperature=distil_temperature,
+            policy_weight=policy_weight,
+            normalize=normalize,
+            distil_aggregation=distil_aggregation,
+            reward_shaping=reward_shaping,
+            importance_cap=importance_cap,
+            skip_zero_weight=skip_zero_weight,
+        )
+        check_parts(self.parts, distill_through)
+
+    def components(self) -> list[Component]:
+        """Return the parts of the step, teacher and reference excepted."""
+        frozen = list(self.frozen.values())
+        return [part for part in self.parts.components() if part not in frozen]
+
+    def build(self, training: bool) -> None:
+        """Make the step."""
+        self.step = DistillationStep(self.parts, self.settings, self.scorer, self.student_info)
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Run one rollout step: sample, score, learn, log."""
+        backend = LightningBackend(self, self.scorer)
+        output = self.step.run(self._requests(batch), step=self.rollout_step, backend=backend)
+        self.finish_step(output, batch)
+
+    def step_state(self) -> dict[str, Any]:
+        """Return the schedules' state and the last metrics."""
+        return self.step.state_dict()
+
+    def load_step_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `step_state`."""
+        self.step.load_state_dict(state)
+
+    def _requests(self, batch: PromptBatch) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                prompt_ids=prompt.prompt_ids,
+                prompt=prompt.prompt,
+                row=prompt.row,
+                group_id=batch.offset + i,
+                seed=_seed_of(self.seed, batch.offset + i),
+                settings=self.parts.sampler.settings,
+                policy_version=self.rollout_step,
+            )
+            for i, prompt in enumerate(batch.prompts)
+        ]
+
+
+def _as_beta(value: BetaScheduler | float | None) -> BetaScheduler | None:
+    return Constant(value=float(value)) if isinstance(value, int | float) else value
+
+
+def _seed_of(seed: int, position: int) -> int:
+    """A 63-bit seed from the run's seed and the group's place in the stream: no two groups share their draws."""
+    digest = hashlib.sha256(f"rollout/{seed}/{position}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
