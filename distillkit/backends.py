@@ -78,7 +78,7 @@ class LocalBackend(StepBackend):
         return scores
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -3,8 +3,8 @@
 `RolloutSampler` → `TeacherScorer`, `RewardFn` → `Masker`, `PolicyObjective`, `DivergenceEstimator`, `BetaScheduler`.
 
 Rules for every part: keyword-only, typed, documented, JSON-able constructor arguments (`name` is reserved); no I/O in
-`__init__`, heavy work in `setup`; inputs are never edited in place. A scalar argument that `model.schedules` may vary is a
-plain attribute of the same name; the step asks `part.at({...})` for a copy with the scheduled values.
+`__init__`, heavy work in `setup`; inputs are never edited in place. A scalar argument that `model.schedules` may vary
+is a plain attribute of the same name; the step asks `part.at({...})` for a copy with the scheduled values.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ Aggregation = Literal["token", "sequence", "constant"]
 class StudentInfo:
     """What a part may know of the student at start-up.
 
-    `vocab_limit` is the number of token ids that both models share: columns at or beyond it take part in no softmax, and the
-    sampler never emits such ids. `eos_token_ids` end a completion.
+    `vocab_limit` is the number of token ids that both models share: columns at or beyond it take part in no softmax,
+    and the sampler never emits such ids. `eos_token_ids` end a completion.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -120,14 +120,13 @@ class RolloutSampler(Component):
     def __init__(
         self, *, group_size: int = 8, max_new_tokens: int = 512, temperature: float = 1.0, top_p: float = 1.0
     ) -> None:
-        for name, value, ok in (
-            ("group_size", group_size, group_size >= 1),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("temperature", temperature, temperature >= 0),
-            ("top_p", top_p, 0 < top_p <= 1),
+        for name, value, ok, wanted in (
+            ("group_size", group_size, group_size >= 1, "at least 1"),
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, temperature >= 0, "at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "0 < top_p <= 1"),
         ):
             if not ok:
-                wanted = "0 < top_p <= 1" if name == "top_p" else "at least 0" if name == "temperature" else "at least 1"
                 raise ConfigError(problem(f"model.sampler.{name}", got=value, expected=wanted))
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
@@ -138,7 +137,7 @@ class RolloutSampler(Component):
     def settings(self) -> SamplingSettings:
         """The sampling settings that requests of a training step carry."""
         return SamplingSettings(
-            group_size=self.group_size,
+            group_size=int(self.group_size),
             max_new_tokens=int(self.max_new_tokens),
             temperature=self.temperature,
             top_p=self.top_p,
@@ -152,8 +151,8 @@ class RolloutSampler(Component):
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[RolloutGroup]:
         """Yield one group per request, each as soon as its last rollout is finished, in any order.
 
-        A group's draws depend on its requests and their seeds alone. A completion ends with the end token (kept, with its
-        log-prob) or at `max_new_tokens`. Ids at or beyond `StudentInfo.vocab_limit` are never emitted.
+        A group's draws depend on its requests and their seeds alone. A completion ends with the end token (kept, with
+        its log-prob) or at `max_new_tokens`. Ids at or beyond `StudentInfo.vocab_limit` are never emitted.
         """
 
 

@@ -73,4 +73,4 @@ def reward_meters(meters: Meters, rewards: RewardOutput) -> None:
         values = rewards.values[:, column]
         meters.add(f"train/reward/{name}", values, ~values.isnan())
         for status in ("unparseable", "not_applicable", *sorted(NOT_A_SCORE)):
-            meters.add_count(f"train/{status}/{name}", float(rewards.status[column].count(status)))  # type: ignore[arg-type]
+            meters.add_count(f"train/{status}/{name}", float(rewards.status[column].count(status)))

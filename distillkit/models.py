@@ -33,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "model_vocab_size",
     "predicting_states",
+    "prepared",
     "vocab_mismatch",
 ]
 
@@ -78,6 +79,11 @@ def load_causal_lm(path: str, *, where: str, dtype: Dtype = "auto") -> PreTraine
         )
     except Exception as error:
         raise ModelError(_not_loadable(where, path, "a causal language model in safetensors", error)) from error
+    return prepared(model, where=where)
+
+
+def prepared(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
+    """Return the model with dropout 0, its head checked: see `load_causal_lm`."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -139,8 +145,8 @@ def _inner(model: nn.Module) -> PreTrainedModel:
 class LMHead:
     """From hidden states [M, H] to logits [M, V] float32 through the model's own head.
 
-    The head module is called (so bias and adapters count), then the config's logit scale and soft-capping. Calls follow the
-    model's current weights.
+    The head module is called (so bias and adapters count), then the config's logit scale and soft-capping. Calls
+    follow the model's current weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -165,10 +171,11 @@ class LMHead:
 def predicting_states(model: nn.Module, batch: RolloutBatch) -> Tensor:
     """Return the hidden states [M, H] that predict the `loss_mask` tokens of `batch`, in row-major order.
 
-    No attention mask is passed: rollouts are right-padded and attention is causal, so no real token sees padding, and the
-    kernels may take their fast causal path.
+    No attention mask is passed: rollouts are right-padded and attention is causal, so no real token sees padding, and
+    the kernels may take their fast causal path.
     """
     backbone = _inner(model).base_model
+    assert isinstance(backbone, nn.Module)
     states: Tensor = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state
     return states[:, :-1][batch.loss_mask[:, 1:]]
 
@@ -309,7 +316,7 @@ class StudentScorer(nn.Module):
 def _score_chunk(
     logits: Tensor, targets: Tensor, plan: ScorePlan, teacher: _FlatScores | None, reference: _FlatScores | None
 ) -> tuple[Tensor | None, ...]:
-    """Log-probs, distil log-probs, both divergences, entropy and teacher log-probs [m] of one chunk of logits [m, V]."""
+    """Log-probs, distil log-probs, both divergences, entropy and teacher log-probs [m] of one chunk [m, V]."""
     logprobs = token_logprobs(logits, targets, plan.sampling_temperature)
     same = plan.distil_temperature == plan.sampling_temperature
     distil = logprobs if same else token_logprobs(logits, targets, plan.distil_temperature)

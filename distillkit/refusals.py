@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from distillkit.components import (
 from distillkit.errors import ConfigError, did_you_mean, problem
 from distillkit.types import ScoreRequest
 
-__all__ = ["SCHEDULED_SCALARS", "StepParts", "check_parts", "teacher_request"]
+__all__ = ["SCHEDULED_SCALARS", "StepParts", "check_parts", "check_supervised", "teacher_request"]
 
 SCHEDULED_SCALARS = ("policy_weight", "distil_temperature")
 """Scalars of the step itself that `model.schedules` may vary, beside those of the parts."""
@@ -75,6 +76,60 @@ def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_supervised(
+    *,
+    teacher: TeacherScorer | None,
+    divergence: DivergenceEstimator | None,
+    beta: BetaScheduler | None,
+    sft_weight: float,
+) -> None:
+    """Refuse parts that cannot work together on given completions; every problem is reported at once.
+
+    Raises:
+        ConfigError: with one paragraph per problem.
+    """
+    problems = [*_cross_entropy(divergence, sft_weight), *_offline(teacher, divergence, beta)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _cross_entropy(divergence: DivergenceEstimator | None, sft_weight: float) -> Iterator[str]:
+    if not 0 <= sft_weight < math.inf:
+        yield problem("model.sft_weight", got=sft_weight, expected="a finite number, at least 0")
+    elif sft_weight == 0 and divergence is None:
+        hint = "model.sft_weight: 1.0, or model.divergence: forward_kl with a model.teacher"
+        yield problem("model: nothing to learn from", got="sft_weight 0 and divergence null", hint=hint)
+
+
+def _offline(
+    teacher: TeacherScorer | None, divergence: DivergenceEstimator | None, beta: BetaScheduler | None
+) -> Iterator[str]:
+    local = "model.teacher: {name: local, path: ...}"
+    if divergence is None:
+        if teacher is not None:
+            where = "model.teacher: nothing is asked of the teacher"
+            hint = "model.divergence: forward_kl, or model.teacher: null"
+            yield problem(where, got="divergence null", hint=hint)
+        return
+    name, needs = type(divergence).__name__, divergence.needs
+    if needs.sampled:
+        where = f"model.divergence: {name} is an estimate over the student's own samples, and here the tokens are given"
+        expected = "a divergence of whole distributions or of top-k tokens"
+        yield problem(where, got=_describe(needs), expected=expected, hint="model.divergence: forward_kl")
+    elif "loss" not in divergence.allowed_through:
+        yield problem(f"model.divergence: {name} cannot be used as a loss: {divergence.why_not}")
+    if beta is None:
+        where = "model.beta: the divergence has no coefficient"
+        yield problem(where, got="null", expected="a number", hint="model.beta: 1.0")
+    if teacher is None:
+        where = f"model.teacher: divergence {name} needs a teacher"
+        hint = f"{local}, or model.divergence: null"
+        yield problem(where, got="null", expected=f"a teacher that gives {_describe(needs)}", hint=hint)
+    elif lacking := _lacking(teacher.offers, needs):
+        where = f"model.divergence: {name} needs what the teacher {type(teacher).__name__} does not give"
+        yield problem(where, got=_describe(teacher.offers), expected=lacking, hint=f"{local} gives everything")
 
 
 def _sampling(parts: StepParts) -> Iterator[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -79,8 +79,9 @@ class SamplingSettings:
 class SampleRequest:
     """One prompt to sample G completions for.
 
-    `row` is the dataset row (gold answer, teacher trace, further columns). `group_id` is unique within the step and over
-    all ranks. `seed` determines the group's random draws; `policy_version` is the update count of the sampling weights.
+    `row` is the dataset row (gold answer, teacher trace, further columns). `group_id` is unique within the step and
+    over all ranks. `seed` determines the group's random draws; `policy_version` is the update count of the sampling
+    weights.
     """
 
     prompt_ids: tuple[int, ...]
@@ -152,6 +153,9 @@ class RolloutBatch:
     rows: tuple[Mapping[str, Any], ...]
     settings: SamplingSettings
 
+    _GRIDS: ClassVar = ("tokens", "attention_mask", "loss_mask", "behaviour_logprobs", "policy_version")
+    _PER_ROLLOUT: ClassVar = ("finish_reason", "texts", "prompts", "rows")
+
     @staticmethod
     def from_groups(groups: Sequence[RolloutGroup], pad_id: int) -> RolloutBatch:
         """Pad the rollouts of `groups`, in order, into one batch."""
@@ -215,23 +219,15 @@ class RolloutBatch:
         """Return the rollouts at `index` [n] int64, padding cut to the longest of them."""
         length = int(self.lengths[index].max())
         rows = index.tolist()
-        return replace(
-            self,
-            **{
-                name: getattr(self, name)[index, :length]
-                for name in ("tokens", "attention_mask", "loss_mask", "behaviour_logprobs", "policy_version")
-            },
-            prompt_lengths=self.prompt_lengths[index],
-            group_id=self.group_id[index],
-            **{
-                name: tuple(getattr(self, name)[i] for i in rows)
-                for name in ("finish_reason", "texts", "prompts", "rows")
-            },
-        )
+        cut: dict[str, Any] = {name: getattr(self, name)[index, :length] for name in self._GRIDS}
+        cut |= {name: getattr(self, name)[index] for name in ("prompt_lengths", "group_id")}
+        cut |= {name: tuple(getattr(self, name)[i] for i in rows) for name in self._PER_ROLLOUT}
+        return replace(self, **cut)
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """Return the batch with its tensors on `device`."""
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in tensors.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -239,8 +235,8 @@ class RolloutBatch:
 class RewardOutput:
     """What the rewards say about N rollouts.
 
-    `values` [N, R] float32, NaN where not scored; `weights` R floats; `status` R tuples of N `RewardStatus`; `correct` [N]
-    int8 of `CORRECT`/`WRONG`/`UNKNOWN`; `answers` the N extracted answers in normal form (None where there is none; used by
+    `values` [N, R] float32, NaN where not scored; `weights` R floats; `status` R tuples of N `RewardStatus`;
+    `correct` [N] int8 of `CORRECT`/`WRONG`/`UNKNOWN`; `answers` the N extracted answers in normal form (used by
     `maj@k`); `token_values` [N, L] float32, rewards of single tokens, or None.
     """
 
@@ -277,14 +273,13 @@ class RewardOutput:
             [[0.5], [nan]]
         """
         n = len(values)
-        if status is None:
-            status = tuple("not_applicable" if v is None else "scored" for v in values)
+        plain: Sequence[RewardStatus] = ["not_applicable" if v is None else "scored" for v in values]
         known = [UNKNOWN] * n if correct is None else [UNKNOWN if c is None else int(c) for c in correct]
         return RewardOutput(
             names=(name,),
             values=torch.tensor([[float("nan") if v is None else float(v)] for v in values]).reshape(n, 1),
             weights=(weight,),
-            status=(tuple(status),),
+            status=(tuple(plain if status is None else status),),
             correct=torch.tensor(known, dtype=torch.int8),
             answers=tuple(answers) if answers is not None else (None,) * n,
         )
@@ -328,9 +323,9 @@ class RewardOutput:
 class ScoreRequest:
     """What a step needs to know about each token: the union over objective, divergence, masker and schedules.
 
-    `sampled`: log-prob of the sampled token. `topk`: the K most likely tokens of the teacher. `student_topk`: log-probs at the
-    K most likely tokens of the student. `full`: the whole distribution. `entropy`: nats. `temperature`: the distil
-    temperature of all of them, which the step sets.
+    `sampled`: log-prob of the sampled token. `topk`: the K most likely tokens of the teacher. `student_topk`:
+    log-probs at the K most likely tokens of the student. `full`: the whole distribution. `entropy`: nats.
+    `temperature`: the distil temperature of all of them, which the step sets.
     """
 
     sampled: bool = False
@@ -363,8 +358,8 @@ class ScoreRequest:
 class TokenScores:
     """One model's view of M token positions, at the distil temperature: what a divergence compares.
 
-    `sampled` [M] log-prob of the sampled token; `topk` [M, K] log-probs at the ids of the top-k set, the same ids on both
-    sides; `logits` [M, V] float32, both sides cut to the shared vocabulary. None where not requested.
+    `sampled` [M] log-prob of the sampled token; `topk` [M, K] log-probs at the ids of the top-k set, the same ids on
+    both sides; `logits` [M, V] float32, both sides cut to the shared vocabulary. None where not requested.
     """
 
     sampled: Tensor | None = None
@@ -376,10 +371,10 @@ class TokenScores:
 class TeacherScores:
     """A frozen model's scores of N rollouts, without gradient.
 
-    `valid` [N, L] bool: positions the teacher could score (within `loss_mask`). `sampled` [N, L] float32. `topk_ids` [N, L, K]
-    int64 and `topk` [N, L, K] float32, at the distil temperature. `entropy` [N, L] float32 nats. For whole distributions no
-    `[N, L, V]` is kept: `hidden` holds, per rollout, the states [T_i, H] that predict its `loss_mask` tokens in order, and
-    `head` maps states [M, H] to logits [M, V] float32 (before temperature).
+    `valid` [N, L] bool: positions the teacher could score (within `loss_mask`). `sampled` [N, L] float32. `topk_ids`
+    [N, L, K] int64 and `topk` [N, L, K] float32, at the distil temperature. `entropy` [N, L] float32 nats. For whole
+    distributions no `[N, L, V]` is kept: `hidden` holds, per rollout, the states [T_i, H] that predict its `loss_mask`
+    tokens in order, and `head` maps states [M, H] to logits [M, V] float32 (before temperature).
     """
 
     valid: Tensor
@@ -404,10 +399,10 @@ class TeacherScores:
 class StudentScores:
     """The student's scores of n rollouts; what the objective and the divergence made of them carries gradient.
 
-    `logprobs` [n, L] at the sampling temperature; `distil_logprobs` [n, L] at the distil temperature; `divergence` [n, L]
-    nats/token from the student to the teacher, `reference_divergence` to the reference, None without one; `entropy`
-    [n, L] nats at the sampling temperature, None unless requested; `teacher_logprobs` [n, L] of the sampled token where
-    the scoring pass came by them, without gradient. All are 0 where `loss_mask` [n, L] is False.
+    `logprobs` [n, L] at the sampling temperature; `distil_logprobs` [n, L] at the distil temperature; `divergence`
+    [n, L] nats/token from the student to the teacher, `reference_divergence` to the reference, None without one;
+    `entropy` [n, L] nats at the sampling temperature, None unless requested; `teacher_logprobs` [n, L] of the sampled
+    token where the scoring pass came by them, without gradient. All are 0 where `loss_mask` [n, L] is False.
     """
 
     loss_mask: Tensor
@@ -431,8 +426,9 @@ class TokenWeights:
 class StepOutput:
     """What one rollout step did.
 
-    `metrics`: name -> float, the metric names of the documentation. `rollouts`, `rewards`: this rank's. `per_token`: name ->
-    [N, L] float32 for the rollout file. `updates`: optimizer steps taken; `skipped`: updates dropped for a non-finite loss.
+    `metrics`: name -> float, the metric names of the documentation. `rollouts`, `rewards`: this rank's. `per_token`:
+    name -> [N, L] float32 for the rollout file. `updates`: optimizer steps taken; `skipped`: updates dropped for a
+    non-finite loss.
     """
 
     rollouts: RolloutBatch

@@ -29,9 +29,10 @@ __all__ = ["PreparedBatch", "StepContext", "StepSettings", "UpdateResult", "old_
 class StepSettings:
     """The step's own numbers, named as in the YAML under `model`.
 
-    `tokens_per_micro_batch` counts padding. `normalize: eligible` divides by the tokens before the masker, so that masking
-    does not raise the effective β; `kept` by those after it. `distil_aggregation` None follows the objective (`token` without
-    one). `importance_cap` truncates the correction of tokens that another policy sampled; None switches it off.
+    `tokens_per_micro_batch` counts padding. `normalize: eligible` divides by the tokens before the masker, so that
+    masking does not raise the effective β; `kept` by those after it. `distil_aggregation` None follows the objective
+    (`token` without one). `importance_cap` truncates the correction of tokens that another policy sampled; None
+    switches it off.
     `reward_shaping` says how a rollout's divergence enters its reward under `distill_through: reward`.
     """
 
@@ -77,8 +78,8 @@ class StepContext:
 class PreparedBatch:
     """Everything decided before the first backward; [N, L] float32 grids, detached.
 
-    `old_logprobs` is None when the first forward of the only update gives them; `frozen_divergence` is the divergence of
-    the old policy, where the distillation goes through an advantage or a reward and a pass was needed to know it.
+    `old_logprobs` is None when the first forward of the only update gives them; `frozen_divergence` is the divergence
+    of the old policy, where the distillation goes through an advantage or a reward and a pass was needed to know it.
     """
 
     rollouts: RolloutBatch
@@ -305,8 +306,11 @@ def _advantages(
 def _off_policy(
     batch: PreparedBatch, settings: StepSettings, scores: StudentScores, old: Tensor, cut: tuple[Tensor, slice]
 ) -> TokenWeights:
-    """Truncated weights: old over behaviour for the objective, whose ratio holds the rest; current over behaviour for an
-    estimator that sees sampled tokens only (whole distributions need none)."""
+    """Truncated importance weights.
+
+    Old over behaviour for the objective, whose ratio holds the rest; current over behaviour for an estimator that sees
+    sampled tokens only (whole distributions need none).
+    """
     ones = torch.ones_like(old)
     cap = settings.importance_cap
     if cap is None:

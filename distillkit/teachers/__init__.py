@@ -2,6 +2,6 @@
 
 `local` a checkpoint in this process · `cached` another teacher's scores, kept on disk.
 
-To add one: subclass `distillkit.components.TeacherScorer`, say in `offers` what it can answer, and register the class under the
-entry-point group `distillkit.teacher`.
+To add one: subclass `distillkit.components.TeacherScorer`, say in `offers` what it can answer, and register the class
+under the entry-point group `distillkit.teacher`.
 """

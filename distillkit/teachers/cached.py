@@ -26,9 +26,9 @@ _FIELDS = ("sampled", "topk_ids", "topk", "entropy")
 class CachedTeacher(TeacherScorer):
     """Scores each rollout once: what another teacher said is stored under a digest of everything it depends on.
 
-    The digest covers the teacher's identity, the request (temperature included), the vocabulary limit, the token ids and
-    which of them are scored. One safetensors file per rollout, written atomically, so processes may share the folder. A file
-    that does not read is scored again.
+    The digest covers the teacher's identity, the request (temperature included), the vocabulary limit, the token ids
+    and which of them are scored. One safetensors file per rollout, written atomically, so processes may share the
+    folder. A file that does not read is scored again.
 
     Args:
         teacher: who scores what is not there yet.

@@ -33,15 +33,16 @@ Tolerated = Literal["eos", "chat_template"]
 class LocalTeacher(TeacherScorer):
     """A frozen causal language model that scores rollouts in this process, in its own dtype.
 
-    Whole distributions are not stored: the hidden states that predict the completion are kept, and the divergence projects
-    them through the teacher's head chunk by chunk.
+    Whole distributions are not stored: the hidden states that predict the completion are kept, and the divergence
+    projects them through the teacher's head chunk by chunk.
 
     Args:
         path: local checkpoint folder, hub name, or `embedded:teacher`.
         dtype: of the weights; `auto` is the checkpoint's.
         tokens_per_batch: token budget of one forward, padding included.
         head_chunk: token positions per head call; None keeps a chunk's logits near 256 MiB.
-        tolerate: differences from the student's tokenizer to accept: `chat_template`, or `eos` (end tokens that differ are
+        tolerate: differences from the student's tokenizer to accept: `chat_template`, or `eos` (end tokens that
+        differ are
             then left out of the teacher's signal). Differing token ids are never accepted.
 
     Raises:
