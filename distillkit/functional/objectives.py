@@ -30,7 +30,9 @@ def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip_low: float, 
         >>> clipped_policy_loss(torch.tensor([2.0]).log(), torch.tensor([1.0]), 0.2, 0.28).item()
         -1.2799999713897705
     """
-    ratio = log_ratio.exp()
+    # Beyond 88 nats exp is infinite. Where Â ≥ 0 such a ratio does not count (the clip took its gradient long before),
+    # but 0 · ∞ would make the gradient NaN.
+    ratio = torch.where(advantages >= 0, log_ratio.clamp(max=80.0), log_ratio).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 

@@ -32,7 +32,8 @@ def micro_batches(lengths: Sequence[int], budget: int, overhead: int = 512) -> l
     for end in range(1, len(order) + 1):
         cost.append(float("inf"))
         start.append(0)
-        for first in range(end - 1, -1, -1):
+        # The padded size obeys the quadrangle inequality, so the best start never moves back as the end moves on.
+        for first in range(end - 1, start[end - 1] - 1, -1):
             size = (end - first) * lengths[order[first]]
             if size > budget and first < end - 1:
                 break
