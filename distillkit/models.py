@@ -339,7 +339,8 @@ def _divergence(
     temperature, needs = plan.distil_temperature, None if estimator is None else estimator.needs
     wanted = needs is not None and needs.needs_distribution
     other_logits = other.logits(logits.shape[1], temperature) if wanted else None
-    sampled = other.sampled
+    # What a teacher left at positions it could not score may be anything, NaN included; it must not reach a gradient.
+    sampled = None if other.sampled is None else torch.where(other.valid, other.sampled, distil_logprobs.detach())
     if sampled is None and other_logits is not None:
         sampled = token_logprobs(other_logits, targets)
     if estimator is None or needs is None:
@@ -353,7 +354,7 @@ def _divergence(
     elif needs.topk:
         assert scaled is not None and other.topk_ids is not None and other.topk is not None
         student_topk = _gather(scaled, other.topk_ids[:, : needs.topk])
-        other_topk = other.topk[:, : needs.topk]
+        other_topk = torch.where(other.valid[:, None], other.topk[:, : needs.topk], student_topk.detach())
     student_view = TokenScores(sampled=distil_logprobs, topk=student_topk, logits=scaled if needs.full else None)
     other_view = TokenScores(sampled=sampled, topk=other_topk, logits=other_logits if needs.full else None)
     value = estimator(student_view, other_view)

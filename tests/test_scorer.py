@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -183,3 +185,24 @@ def test_teacher_hidden_states_are_kept_per_rollout_and_survive_selection() -> N
     chosen = scores.select(index, int(batch.lengths[index].max()))
     assert [len(h) for h in chosen.hidden] == batch.loss_mask.sum(1)[index].tolist()
     assert torch.equal(chosen.hidden[0], scores.hidden[5])
+
+
+@pytest.mark.parametrize("part", [K2(), K3(), TopK(k=3)], ids=lambda part: type(part).__name__)
+def test_what_a_teacher_leaves_at_unscored_positions_reaches_no_gradient(part: DivergenceEstimator) -> None:
+    batch = toy.batch(PROMPTS)
+    scores = local_teacher(toy.model(1)).score(batch, ScoreRequest(sampled=True) | part.needs)
+    valid = batch.loss_mask & (torch.arange(batch.tokens.shape[1]) % 2 == 0)
+    broken = {
+        name: value.masked_fill(~valid.reshape(*valid.shape, *[1] * (value.dim() - 2)), float("nan"))
+        for name in ("sampled", "topk")
+        if (value := getattr(scores, name)) is not None
+    }
+    plan = ScorePlan(sampling_temperature=1.0, distil_temperature=1.0, divergence=part)
+    gradients = []
+    for given in (replace(scores, valid=valid), replace(scores, valid=valid, **broken)):
+        student = toy.model(0)
+        output = StudentScorer(student, vocab_limit=len(toy.VOCABULARY))(batch, plan, given)
+        assert torch.count_nonzero(output.divergence[batch.loss_mask & ~valid]) == 0
+        output.divergence.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    assert torch.equal(*gradients)

@@ -52,6 +52,9 @@ class StudentModule(pl.LightningModule):
     """
 
     needs_completions = False
+    """Train on given completions, which no reward judges."""
+    plateau_metric = "train/reward"
+    """What a `ReduceLROnPlateau` watches."""
 
     def __init__(
         self,
@@ -135,7 +138,8 @@ class StudentModule(pl.LightningModule):
         if not isinstance(data, PromptData):
             got = type(data).__name__ if data is not None else "none"
             hint = "trainer.fit(module, datamodule=PromptData(...))"
-            raise ConfigError(problem("trainer: the data module", got=got, expected="distillkit.data.PromptData", hint=hint))
+            where = "trainer: the data module"
+            raise ConfigError(problem(where, got=got, expected="distillkit.data.PromptData", hint=hint))
         return data
 
     @property
@@ -146,6 +150,18 @@ class StudentModule(pl.LightningModule):
     def fingerprint(self) -> dict[str, str]:
         """Return digests of the models, for `environment.json` and for resuming."""
         return {"student": fingerprint(self.student), **{key: part.identity() for key, part in self.frozen.items()}}
+
+    def load_student(self) -> PreTrainedModel:
+        """Return the model to train."""
+        return load_causal_lm(self.student, where="model.student", dtype=self.dtype_name)
+
+    def student_vocab_size(self) -> int:
+        """Return V of the student's output head, before the model is loaded."""
+        return model_vocab_size(self.student, where="model.student")
+
+    def student_end_tokens(self) -> tuple[int, ...]:
+        """Return the ids that end a completion."""
+        return end_token_ids(self.tokenizer, _generation_config(self.student))
 
     def setup(self, stage: str) -> None:
         """Check data and tokenizers first, then load the frozen models and the student, then start the parts."""
@@ -158,10 +174,11 @@ class StudentModule(pl.LightningModule):
         self._info = self._student_info(training)
         for part in self.frozen.values() if training else ():
             part.setup(self._info)
-        model = load_causal_lm(self.student, where="model.student", dtype=self.dtype_name)
+        scorer = getattr(self, "scorer", None)
+        model = self.load_student() if scorer is None else scorer.model
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        model.to(self._info.device)
+        torch.nn.Module.to(model, self._info.device)
         model.train()
         self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
         for component in self.components():
@@ -274,9 +291,10 @@ class StudentModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore `on_save_checkpoint`; other frozen models or other training data than the checkpoint's are refused."""
+        """Restore `on_save_checkpoint`; other frozen models or training data than the checkpoint's are refused."""
         if "distillkit" not in checkpoint:
-            raise ConfigError(problem("--ckpt_path: not a distillkit checkpoint", hint="model.student takes model folders"))
+            hint = "model.student takes model folders"
+            raise ConfigError(problem("--ckpt_path: not a distillkit checkpoint", hint=hint))
         state = checkpoint["distillkit"]
         self.rollout_step, self._cursor = state["rollout_step"], state["cursor"]
         if self.trainer.state.fn != "fit":
@@ -294,13 +312,13 @@ class StudentModule(pl.LightningModule):
 
     def _student_info(self, training: bool) -> StudentInfo:
         tokenizer = self.tokenizer
-        sizes = [model_vocab_size(self.student, where="model.student")]
+        sizes = [self.student_vocab_size()]
         sizes += [part.vocab_size for part in self.frozen.values() if training and part.vocab_size is not None]
         assert tokenizer.pad_token_id is not None
         return StudentInfo(
             tokenizer=tokenizer,
             vocab_limit=min(sizes),
-            eos_token_ids=end_token_ids(tokenizer, _generation_config(self.student)),
+            eos_token_ids=self.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.trainer.strategy.root_device,
         )
@@ -309,7 +327,7 @@ class StudentModule(pl.LightningModule):
         """Ask every reward whether it can use the gold of every row, before any model is loaded."""
         data = self.prompt_data
         named = [(f"data.val.{s.name}", p) for s, p in zip(data.val, data.val_prompts, strict=False)]
-        if training and data.train_prompts is not None:
+        if training and data.train_prompts is not None and not self.needs_completions:
             named.insert(0, ("data.train", data.train_prompts))
         self.bad_gold = []
         for where, prompts in named:
@@ -332,7 +350,7 @@ class StudentModule(pl.LightningModule):
     def _step_scheduler(self, output: StepOutput) -> None:
         scheduler: Any = self.lr_schedulers()
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler.step(output.metrics["train/reward"])
+            scheduler.step(output.metrics[self.plateau_metric])
         elif scheduler is not None:
             scheduler.step()
 

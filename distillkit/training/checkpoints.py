@@ -21,7 +21,15 @@ from distillkit.errors import ConfigError, problem
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["AtomicCheckpointIO", "LastCheckpoint", "StudentExport", "export_student", "random_states", "restore_random"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "LastCheckpoint",
+    "StudentExport",
+    "export_student",
+    "is_dry_run",
+    "random_states",
+    "restore_random",
+]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -85,7 +93,7 @@ class LastCheckpoint(Callback):
 
     def _save(self, trainer: pl.Trainer, due: bool = False) -> None:
         step = trainer.global_step
-        if trainer.fast_dev_run or step == self._saved or not (due or step % self.every_n_steps == 0):
+        if is_dry_run(trainer) or step == self._saved or not (due or step % self.every_n_steps == 0):
             return
         folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
@@ -102,7 +110,7 @@ class StudentExport(Callback):
         self._export_best(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.fast_dev_run:
+        if is_dry_run(trainer):
             return
         self._export_best(trainer, pl_module)
         if trainer.is_global_zero:
@@ -126,6 +134,11 @@ class StudentExport(Callback):
         self._best = {int(i): path for i, path in state_dict["best"].items()}
 
 
+def is_dry_run(trainer: pl.Trainer) -> bool:
+    """Whether this is Lightning's `fast_dev_run`, which leaves nothing behind."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def export_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (safetensors) and tokenizer to `folder`; an older export there is replaced in one rename."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +157,7 @@ def export_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
 
 def random_states() -> dict[str, Any]:
     """Return the global random states (python, numpy, torch, CUDA) in types that `weights_only=True` reads."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  
     return {
         "python": random.getstate(),
         "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
