@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -114,8 +114,10 @@ class RunReport(Callback):
         """Print what was reached and where it is: the last line of a run."""
         run = RunFolder(self._folder(trainer))
         rows = read_metrics(run.metrics_csv) if run.metrics_csv.exists() else ()
-        named = [f"val/{s.name}/pass@1" for s in pl_module.prompt_data.val] + ["train/reward"]
-        summary = next((found for name in named if (found := summarize_metric(rows, name)) is not None), None)
+        named = [f"val/{s.name}/pass@1" for s in pl_module.prompt_data.val] + ["train/reward", "train/cross_entropy"]
+        modes: dict[str, Literal["max", "min"]] = {"train/cross_entropy": "min"}
+        found = (summarize_metric(rows, name, mode=modes.get(name, "max")) for name in named)
+        summary = next((s for s in found if s is not None), None)
         text = last_line(
             run_folder=str(run.path),
             seconds=time.monotonic() - self._started,
@@ -195,5 +197,3 @@ def _scorer(part: TeacherScorer | None) -> ScorerFacts | None:
     model = getattr(part, "_model", None)
     parameters = sum(p.numel() for p in model.parameters()) if model is not None else None
     return ScorerFacts(name=name_of(type(part)), source=getattr(part, "path", None), parameters=parameters)
-
-

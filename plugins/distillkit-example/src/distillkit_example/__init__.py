@@ -1,0 +1,1 @@
+"""A divergence and a reward for distillkit, as a separate package."""
