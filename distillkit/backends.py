@@ -20,7 +20,7 @@ ReduceOp = Literal["sum", "max", "min"]
 class StepBackend(ABC):
     """Forward, backward and optimizer of one update, and agreement between ranks.
 
-    Gradients of several ranks are averaged by every strategy; the step multiplies its loss by `world_size` to undo that.
+    Every strategy averages the gradients of several ranks; the step multiplies its loss by `world_size` to undo that.
     """
 
     world_size: int = 1

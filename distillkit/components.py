@@ -78,10 +78,10 @@ class Component(ABC):
 
     kind: ClassVar[str]
 
-    def setup(self, student: StudentInfo) -> None:
+    def setup(self, student: StudentInfo) -> None:  # noqa: B027 - most parts have nothing to set up
         """Load models, start pools, read files. Called once before the first step, on every rank."""
 
-    def teardown(self) -> None:
+    def teardown(self) -> None:  # noqa: B027 - nor to free
         """Free what `setup` took. Called at the end of the run, after an exception too."""
 
     def at(self, values: Mapping[str, float]) -> Self:
@@ -249,7 +249,9 @@ class Masker(Component):
     needs: ClassVar[ScoreRequest] = ScoreRequest()
 
     @abstractmethod
-    def __call__(self, rollouts: RolloutBatch, rewards: RewardOutput | None, scores: TeacherScores | None) -> TokenWeights:
+    def __call__(
+        self, rollouts: RolloutBatch, rewards: RewardOutput | None, scores: TeacherScores | None
+    ) -> TokenWeights:
         """Return factors [N, L]; decided by `rewards.correct` (unknown is not wrong), never by `reward == 0`."""
 
 

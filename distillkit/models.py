@@ -87,6 +87,8 @@ def prepared(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            vars(module)["attention_dropout"] = 0.0
     _check_head(model, where)
     return model
 
@@ -94,7 +96,8 @@ def prepared(model: PreTrainedModel, *, where: str) -> PreTrainedModel:
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the layers' activations in the backward pass (non-reentrant)."""
     # transformers 5.20 renamed the method and warns about the old name.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    name = "activation_checkpointing_enable"
+    enable: Any = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
 
 
@@ -137,7 +140,8 @@ def _not_loadable(where: str, path: str, wanted: str, error: Exception) -> str:
 
 def _inner(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside a peft wrapper (whose adapters are injected in place), or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
     assert isinstance(inner, PreTrainedModel)
     return inner
 
@@ -378,9 +382,8 @@ def vocab_mismatch(student: PreTrainedTokenizerBase, other: PreTrainedTokenizerB
         token, i, j = moved[0]
         found.append(f"ids: {len(moved)} tokens differ, the first is {token!r}: student {i}, teacher {j}")
     if student.eos_token_id != other.eos_token_id:
-        found.append(
-            f"eos: student {student.eos_token!r} ({student.eos_token_id}), teacher {other.eos_token!r} ({other.eos_token_id})"
-        )
+        our_end, their_end = (f"{t.eos_token!r} ({t.eos_token_id})" for t in (student, other))
+        found.append(f"eos: student {our_end}, teacher {their_end}")
     if student.chat_template != other.chat_template:
         found.append("chat_template: the student's prompts would look unfamiliar to the teacher")
     return found

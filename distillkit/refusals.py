@@ -170,7 +170,8 @@ def _teacher(parts: StepParts) -> Iterator[str]:
     for key in ("divergence", "objective", "masker"):
         part = getattr(parts, key)
         if part is not None and (lacking := _lacking(parts.teacher.offers, part.needs)):
-            where = f"model.{key}: {type(part).__name__} needs what the teacher {type(parts.teacher).__name__} does not give"
+            name, teacher = type(part).__name__, type(parts.teacher).__name__
+            where = f"model.{key}: {name} needs what the teacher {teacher} does not give"
             hint = "model.teacher: {name: local, path: ...} gives everything"
             yield problem(where, got=_describe(parts.teacher.offers), expected=lacking, hint=hint)
 
@@ -180,12 +181,16 @@ def _divergence(parts: StepParts, distill_through: DistillThrough) -> Iterator[s
         return
     if distill_through not in parts.divergence.allowed_through:
         name = type(parts.divergence).__name__
-        where = f"model.distill_through: {name} cannot be used as {_article(distill_through)}: {parts.divergence.why_not}"
+        where = (
+            f"model.distill_through: {name} cannot be used as {_article(distill_through)}: {parts.divergence.why_not}"
+        )
         allowed = " or ".join(parts.divergence.allowed_through)
         hint = f"model.distill_through: {parts.divergence.allowed_through[0]}"
         yield problem(where, got=distill_through, expected=allowed, hint=hint)
     if parts.beta is None:
-        yield problem("model.beta: the divergence has no coefficient", got="null", expected="a number", hint="model.beta: 0.02")
+        yield problem(
+            "model.beta: the divergence has no coefficient", got="null", expected="a number", hint="model.beta: 0.02"
+        )
     if distill_through != "loss" and parts.objective is None:
         where = f"model.objective: distilling through the {distill_through} needs a policy gradient"
         yield problem(where, got="null", hint="model.objective: grpo")
@@ -200,7 +205,9 @@ def _reference(parts: StepParts) -> Iterator[str]:
         got = f"reference_divergence {divergence}, reference_beta {parts.reference_beta}"
         yield problem(where, got=got, hint="model.reference_divergence: k2 and model.reference_beta: 0.001")
     elif "loss" not in divergence.allowed_through:
-        where = f"model.reference_divergence: {type(divergence).__name__} cannot be used as a loss: {divergence.why_not}"
+        where = (
+            f"model.reference_divergence: {type(divergence).__name__} cannot be used as a loss: {divergence.why_not}"
+        )
         yield problem(where, hint="model.reference_divergence: k2")
     elif lacking := _lacking(reference.offers, divergence.needs):
         yield problem("model.reference_divergence", got=_describe(reference.offers), expected=lacking)

@@ -113,7 +113,9 @@ class Rollout:
         for name in ("behaviour_logprobs", "loss_mask", "policy_version"):
             if getattr(self, name).shape != self.completion_ids.shape:
                 got, want = tuple(getattr(self, name).shape), tuple(self.completion_ids.shape)
-                raise ShapeError(problem(f"Rollout.{name}", got=got, expected=f"{want}, one entry per completion token"))
+                raise ShapeError(
+                    problem(f"Rollout.{name}", got=got, expected=f"{want}, one entry per completion token")
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,7 +135,7 @@ class RolloutBatch:
     | `tokens` | [N, L] int64 | prompt, then completion, then padding |
     | `attention_mask` | [N, L] bool | False on padding |
     | `loss_mask` | [N, L] bool | True on tokens sampled by the student (end token included) |
-    | `behaviour_logprobs` | [N, L] float32 | under the policy that sampled, at sampling temperature; 0 off `loss_mask` |
+    | `behaviour_logprobs` | [N, L] float32 | under the sampling policy, at its temperature; 0 off `loss_mask` |
     | `policy_version` | [N, L] int64 | update count of the weights that sampled the token; -1 off `loss_mask` |
     | `prompt_lengths` | [N] int64 | tokens of the prompt |
     | `group_id` | [N] int64 | which prompt a rollout answers (not its position) |

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
-from transformers import GraniteForCausalLM, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
 
 from distillkit.components import DivergenceEstimator
 from distillkit.divergences.full import JSD, ForwardKL, ReverseKL
@@ -59,7 +66,8 @@ def expected_divergence(part: DivergenceEstimator, student: Tensor, teacher: Ten
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    "part", [K2(), K3(), ForwardKL(), ReverseKL(), JSD(), TopK(k=5), TopK(k=5, chosen_by="student")],
+    "part",
+    [K2(), K3(), ForwardKL(), ReverseKL(), JSD(), TopK(k=5), TopK(k=5, chosen_by="student")],
     ids=lambda part: f"{type(part).__name__}-{getattr(part, 'chosen_by', '')}",
 )
 def test_chunked_pass_equals_full_logits_in_values_and_gradients(part: DivergenceEstimator, tied: bool) -> None:
@@ -134,14 +142,17 @@ def test_padded_vocabularies_are_cut_before_the_softmax() -> None:
     expected = reference.reverse_kl(cut_student, cut_teacher)
     torch.testing.assert_close(output.divergence[mask], expected, rtol=0, atol=1e-6)
     targets = batch.tokens[mask][:, None]
-    torch.testing.assert_close(scores.sampled[mask], cut_teacher.log_softmax(-1).gather(-1, targets)[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scores.sampled[mask], cut_teacher.log_softmax(-1).gather(-1, targets)[:, 0], rtol=0, atol=1e-6
+    )
 
 
 def _tiny(config_class: type, model_class: type, **more: object) -> PreTrainedModel:
     torch.manual_seed(0)
     config = config_class(
         vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2, **more,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        **more,
     )  # fmt: skip
     return model_class(config).eval()
 
@@ -160,7 +171,6 @@ def test_head_with_scale_or_soft_capping_equals_the_models_own_logits(model: Pre
     hidden = model.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(LMHead(model)(hidden), model(input_ids=ids).logits.float(), rtol=0, atol=1e-6)
     _check_head(model, "model.student")
-
 
 
 def test_a_head_that_cannot_be_reproduced_is_refused() -> None:

@@ -86,7 +86,9 @@ def build(
     return DistillationStep(replace(parts, **slots), no_clip, scorer, toy.info())
 
 
-def gradient(step: DistillationStep, requests: list[SampleRequest] | None = None) -> tuple[Tensor, GradientBackend, StepOutput]:
+def gradient(
+    step: DistillationStep, requests: list[SampleRequest] | None = None
+) -> tuple[Tensor, GradientBackend, StepOutput]:
     backend = GradientBackend(step.scorer)
     output = step.run(requests or toy.requests(PROMPTS), step=0, backend=backend)
     return backend.gradients[0], backend, output
@@ -94,7 +96,13 @@ def gradient(step: DistillationStep, requests: list[SampleRequest] | None = None
 
 def kdrl(settings: StepSettings | None = None, scorer: StudentScorer | None = None, **slots: Any) -> DistillationStep:
     return build(
-        objective=GRPO(), divergence=K2(), rewards=[EvenDigits()], masker=ResponseLevel(), settings=settings, scorer=scorer, **slots
+        objective=GRPO(),
+        divergence=K2(),
+        rewards=[EvenDigits()],
+        masker=ResponseLevel(),
+        settings=settings,
+        scorer=scorer,
+        **slots,
     )
 
 
@@ -110,7 +118,8 @@ def test_gradient_is_that_of_the_formula_computed_in_one_piece(aggregation: Any)
     advantages = group_advantages(rewards.total, batch.group_id)
     student, teacher = toy.model(0), toy.model(1)
     logp, logq = (
-        full_logits(m, batch).log_softmax(-1).gather(-1, batch.tokens[batch.loss_mask][:, None])[:, 0] for m in (student, teacher)
+        full_logits(m, batch).log_softmax(-1).gather(-1, batch.tokens[batch.loss_mask][:, None])[:, 0]
+        for m in (student, teacher)
     )
     counts = batch.loss_mask.sum(1)
     scored = ~rewards.total.isnan()
@@ -129,7 +138,9 @@ def test_gradient_is_that_of_the_formula_computed_in_one_piece(aggregation: Any)
             loss = loss + policy.sum() / (float(scored.sum()) * 8) + kl.sum() / (len(counts) * 8)
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in student.parameters()])
-    step = build(objective=GRPO(aggregation=aggregation), divergence=K2(), rewards=[EvenDigits()], masker=ResponseLevel())
+    step = build(
+        objective=GRPO(aggregation=aggregation), divergence=K2(), rewards=[EvenDigits()], masker=ResponseLevel()
+    )
     found, _, output = gradient(step)
     close(found, expected)
     assert output.metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -231,7 +242,9 @@ def test_a_divergence_as_a_reward_is_normalised_within_its_group(shaping: Any) -
     batch, rewards = output.rollouts, EvenDigits()(output.rollouts)
     ids = batch.tokens[batch.loss_mask][:, None]
     logp, logq = (full_logits(toy.model(s), batch).log_softmax(-1).gather(-1, ids)[:, 0] for s in (0, 1))
-    per_rollout = [gap.mean() if shaping == "mean" else gap.sum() for gap in (logp - logq).split(batch.loss_mask.sum(1).tolist())]
+    per_rollout = [
+        gap.mean() if shaping == "mean" else gap.sum() for gap in (logp - logq).split(batch.loss_mask.sum(1).tolist())
+    ]
     shaped = rewards.total - 0.3 * torch.stack(per_rollout).detach()
     expected = group_advantages(shaped, batch.group_id)
     found = output.per_token["advantages"].gather(1, batch.prompt_lengths[:, None])[:, 0]
@@ -286,7 +299,10 @@ def test_a_finite_loss_with_a_non_finite_gradient_drops_the_update_too() -> None
 
 
 def test_schedules_reach_the_parts_and_leave_them_as_they_are() -> None:
-    schedules = {"sampler.max_new_tokens": Linear(start=2, end=8, steps=10), "policy_weight": Linear(start=1, end=0, steps=2)}
+    schedules = {
+        "sampler.max_new_tokens": Linear(start=2, end=8, steps=10),
+        "policy_weight": Linear(start=1, end=0, steps=2),
+    }
     step = kdrl(schedules=schedules)
     backend = GradientBackend(step.scorer)
     first = step.run(toy.requests(PROMPTS), step=0, backend=backend)
@@ -306,7 +322,8 @@ def test_an_unknown_schedule_is_refused_with_the_numbers_there_are() -> None:
         "model.schedules.sampler.temprature: no such number\n"
         "    got:      sampler.temprature\n"
         "    expected: policy_weight, distil_temperature, sampler.group_size, sampler.max_new_tokens, "
-        "sampler.temperature, sampler.top_p, objective.correction, objective.eps, objective.clip_low, objective.clip_high\n"
+        "sampler.temperature, sampler.top_p, objective.correction, objective.eps, objective.clip_low, "
+        "objective.clip_high\n"
         "    try:      sampler.temperature"
     )
 
@@ -319,12 +336,14 @@ def test_trrd_runs_with_a_teacher_and_no_divergence() -> None:
 
 def test_reference_divergence_pulls_towards_the_reference() -> None:
     step = build(
-        objective=GRPO(), rewards=[EvenDigits()], reference=local_teacher(toy.model(2)), reference_divergence=ReverseKL(),
+        objective=GRPO(), rewards=[EvenDigits()], reference=local_teacher(toy.model(2)),
+        reference_divergence=ReverseKL(),
         reference_beta=Constant(value=5.0),
     )  # fmt: skip
     backend = GradientBackend(step.scorer, lr=0.02)
     values = [
-        step.run(toy.requests(PROMPTS), step=i, backend=backend).metrics["train/reference_divergence"] for i in range(12)
+        step.run(toy.requests(PROMPTS), step=i, backend=backend).metrics["train/reference_divergence"]
+        for i in range(12)
     ]
     assert values[-1] < 0.7 * values[0]
 

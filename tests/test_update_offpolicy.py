@@ -13,7 +13,7 @@ from distillkit.types import RolloutGroup, SampleRequest
 from distillkit.update import StepSettings
 from tests import toy
 from tests.test_scorer import full_logits
-from tests.test_step import PROMPTS, EvenDigits, build, close, gradient
+from tests.test_step import EvenDigits, build, close, gradient
 
 
 class ShiftedEngine(toy.RandomSampler):
@@ -41,7 +41,9 @@ class ShiftedEngine(toy.RandomSampler):
 
 def test_policy_term_is_weighted_by_the_truncated_ratio_of_old_to_behaviour() -> None:
     plain = gradient(build(objective=GRPO(), rewards=[EvenDigits()]))[0]
-    near = gradient(build(objective=GRPO(), rewards=[EvenDigits()], sampler=ShiftedEngine(torch.tensor(1.5).log().item())))[0]
+    near = gradient(
+        build(objective=GRPO(), rewards=[EvenDigits()], sampler=ShiftedEngine(torch.tensor(1.5).log().item()))
+    )[0]
     far = gradient(build(objective=GRPO(), rewards=[EvenDigits()], sampler=ShiftedEngine(3.0)))[0]
     off = StepSettings(importance_cap=None)
     uncorrected = gradient(build(objective=GRPO(), rewards=[EvenDigits()], sampler=ShiftedEngine(3.0), settings=off))[0]

@@ -70,9 +70,7 @@ class RandomSampler(RolloutSampler):
             generator = torch.Generator().manual_seed(request.seed)
             yield RolloutGroup(
                 request=request,
-                rollouts=tuple(
-                    self._rollout(request.settings, generator) for _ in range(request.settings.group_size)
-                ),
+                rollouts=tuple(self._rollout(request.settings, generator) for _ in range(request.settings.group_size)),
             )
 
     def _rollout(self, settings: SamplingSettings, generator: torch.Generator) -> Rollout:

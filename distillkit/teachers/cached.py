@@ -56,7 +56,9 @@ class CachedTeacher(TeacherScorer):
         try:
             Path(self.dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ScoringError(problem("model.teacher.dir: cannot make the folder", got=f"{self.dir} ({error})")) from error
+            raise ScoringError(
+                problem("model.teacher.dir: cannot make the folder", got=f"{self.dir} ({error})")
+            ) from error
         self.teacher.setup(student)
 
     def teardown(self) -> None:

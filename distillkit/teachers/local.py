@@ -84,7 +84,9 @@ class LocalTeacher(TeacherScorer):
             if not any(text.startswith("ids") for text in refused):
                 hint = f"model.teacher.tolerate: [{', '.join(text.split(':')[0] for text in refused)}]"
             where = f"model.teacher.path: the tokenizer of {self.path} does not fit the student's"
-            raise ModelError(problem(where, got="; ".join(refused), expected="the same token ids and markers", hint=hint))
+            raise ModelError(
+                problem(where, got="; ".join(refused), expected="the same token ids and markers", hint=hint)
+            )
         if any(text.startswith("eos") for text in found):
             self._masked_ids = (*student.eos_token_ids, int(tokenizer.eos_token_id))
         self._student = student
@@ -99,7 +101,9 @@ class LocalTeacher(TeacherScorer):
 
     def score(self, rollouts: RolloutBatch, request: ScoreRequest) -> TeacherScores:
         if self._model is None or self._student is None:
-            raise ScoringError(problem("LocalTeacher.score", got="called before setup", hint="call setup(student) first"))
+            raise ScoringError(
+                problem("LocalTeacher.score", got="called before setup", hint="call setup(student) first")
+            )
         model, limit = self._model, self._student.vocab_limit
         head = LMHead(model)
         shape, device = rollouts.tokens.shape, rollouts.tokens.device

@@ -226,7 +226,9 @@ class StudentModule(pl.LightningModule):
         self.last_output = output
         self._skipped_in_a_row = 0 if output.updates else self._skipped_in_a_row + output.skipped
         if self._skipped_in_a_row >= self.max_skipped_updates:
-            where = f"step {self.rollout_step}: {self._skipped_in_a_row} updates in a row had a non-finite loss or gradient"
+            where = (
+                f"step {self.rollout_step}: {self._skipped_in_a_row} updates in a row had a non-finite loss or gradient"
+            )
             hint = "a lower learning rate or model.beta; checkpoints/last.ckpt is from before or holds the same weights"
             raise TrainingStopped(problem(where, got="NaN or Inf", expected="finite numbers", hint=hint))
 
@@ -350,6 +352,9 @@ class StudentModule(pl.LightningModule):
     def _step_scheduler(self, output: StepOutput) -> None:
         scheduler: Any = self.lr_schedulers()
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if self.plateau_metric not in output.metrics:
+                where = f"model.lr_scheduler: ReduceLROnPlateau watches {self.plateau_metric}, and this run has none"
+                raise ConfigError(problem(where, hint="a schedule of the step, such as WarmupCosine"))
             scheduler.step(output.metrics[self.plateau_metric])
         elif scheduler is not None:
             scheduler.step()

@@ -157,7 +157,7 @@ def export_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
 
 def random_states() -> dict[str, Any]:
     """Return the global random states (python, numpy, torch, CUDA) in types that `weights_only=True` reads."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),

@@ -1,4 +1,4 @@
-"""Train a few steps on one or two processes and save the parameters: `python -m tests.training.ranks DEVICES CASE FOLDER`."""
+"""Train on one or two processes and save the parameters: `python -m tests.training.ranks DEVICES CASE FOLDER`."""
 
 from __future__ import annotations
 

@@ -84,9 +84,7 @@ def test_killed_and_continued_equals_never_killed(phase: str, unbroken: Path, tm
 
     said = run(tmp_path, "-m", "distillkit", *ARGUMENTS, "--ckpt_path", "last")
     assert "continuing runs/quickstart" in said
-    ours, theirs = (
-        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (folder, unbroken)
-    )
+    ours, theirs = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (folder, unbroken))
     assert differences(without_paths(ours), without_paths(theirs)) == []
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [str(step) for step in range(STEPS + 1)]
