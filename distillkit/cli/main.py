@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # whatever it is, the user gets one line and a way to see more
+        if (ours := _own_cause(error)) is not None:
+            return _failed(error, f"{type(ours).__name__}: {ours}", ours.exit_code, debug)
         text = " ".join(str(error).split())
         return _failed(error, f"{type(error).__name__}: {text}\nrun again with --debug to see where", 1, debug)
 
@@ -74,6 +76,13 @@ def _run(arguments: list[str]) -> int:
             hint=did_you_mean(command, _COMMANDS) or "distillkit --help",
         )
     )
+
+
+def _own_cause(error: BaseException | None) -> DistillkitError | None:
+    """Our own error behind one of jsonargparse's: it wraps what a part's constructor raises."""
+    while error is not None and not isinstance(error, DistillkitError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:

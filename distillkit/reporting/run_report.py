@@ -106,7 +106,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Keep the plots of what was reached, and say where it is."""
-        if trainer.is_global_zero and trainer.state.fn == "fit" and not is_dry_run(trainer):
+        refused = pl_module.rollout_step == 0 and getattr(exception, "exit_code", 1) == 2
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not is_dry_run(trainer) and not refused:
             self._plots(trainer)
             self.say_last_line(trainer, pl_module, stopped=type(exception).__name__)
 

@@ -41,9 +41,8 @@ class LocalTeacher(TeacherScorer):
         dtype: of the weights; `auto` is the checkpoint's.
         tokens_per_batch: token budget of one forward, padding included.
         head_chunk: token positions per head call; None keeps a chunk's logits near 256 MiB.
-        tolerate: differences from the student's tokenizer to accept: `chat_template`, or `eos` (end tokens that
-        differ are
-            then left out of the teacher's signal). Differing token ids are never accepted.
+        tolerate: differences from the student's tokenizer to accept: `chat_template`, or `eos` (end tokens that differ
+            are then left out of the teacher's signal). Differing token ids are never accepted.
 
     Raises:
         ModelError: at setup, when the checkpoint does not load or its tokenizer does not fit the student's.

@@ -35,10 +35,6 @@ from distillkit.update import StepSettings
 __all__ = ["OnPolicyDistillation"]
 
 
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-6)
-
-
 class OnPolicyDistillation(StudentModule):
     """Trains a student on its own rollouts with rewards, a teacher, or both.
 
@@ -109,7 +105,7 @@ class OnPolicyDistillation(StudentModule):
         skip_zero_weight: bool = True,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
         validate_at_start: bool = True,

@@ -32,10 +32,6 @@ from distillkit.update import StepSettings
 __all__ = ["SupervisedModule"]
 
 
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-5)
-
-
 class SupervisedModule(StudentModule):
     """Trains a student on given completions: supervised fine-tuning, offline distillation, or both.
 
@@ -92,7 +88,7 @@ class SupervisedModule(StudentModule):
         distil_temperature: float = 1.0,
         dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
         validate_at_start: bool = True,

@@ -188,3 +188,12 @@ def test_an_existing_run_folder_is_refused(
     assert main([*QUICKSTART, "--run_dir", "mine"]) == 2
     assert "mine" in capsys.readouterr().err
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+def test_a_part_that_refuses_its_argument_says_so_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*QUICKSTART, "--model.objective.clip_low", "-5"]) == 2
+    expected = "ConfigError: model.objective.clip_low\n    got:      -5.0\n    expected: between 0 and 1\n"
+    assert capsys.readouterr().err == expected
