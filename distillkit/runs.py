@@ -99,5 +99,10 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*isinstance.treespec, LeafSpec.*", ".*does not have many workers.*", ".*IterableDataset.*__len__.*", ".*logging on epoch level.*"):
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*IterableDataset.*__len__.*",
+        ".*logging on epoch level.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

@@ -9,7 +9,8 @@
 `configs/embedded_teacher.yaml` and `configs/embedded_student.yaml` make the models again.
 
 Datasets: `embedded:arithmetic/train`, `embedded:arithmetic/hasty` (the student's corpus),
-`embedded:arithmetic/validation` (300, to choose settings on) and `embedded:arithmetic/held_out` (500). Rows have `prompt`, `answer`, `chain` (a reference trace) and `operands`.
+`embedded:arithmetic/validation` (300, to choose settings on) and `embedded:arithmetic/held_out` (500). Rows have
+`prompt`, `answer`, `chain` (a reference trace) and `operands`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,6 @@ with either sum, `1-2+3` only with `1-2`, and `3*2+4*5` with either product.
 **Reference chains choose.** Of the legal steps, counted from the left, each is half as likely as the one before it:
 2/3, 1/3 for two, 4/7, 2/7, 1/7 for three.
 
-**Careless chains** do every sub-expression right and pick the next one wrongly: any of them, sums and differences
-before products, again each half as likely as the one before it. The student has learned from these; it can calculate,
-and about half of its chains start where they may not.
-
 **Splits.** A hash of the text sends 4 % of all expressions to `held_out` and 2 % to `validation`. An expression is in
 `train` only if no order of reducing it, legal or not, ever writes one of those, so no chain of training shows a
 held-out problem, not even half-way. Two operands are the digit tables: training only.
@@ -35,6 +31,7 @@ from typing import Literal, TypedDict, get_args
 from distillkit.errors import ConfigError, DataError, problem
 
 __all__ = [
+    "ARROW",
     "HELD_OUT_COUNTS",
     "TRAIN_MIX",
     "VALIDATION_COUNTS",
@@ -65,6 +62,8 @@ VALIDATION_COUNTS: Mapping[int, int] = MappingProxyType({3: 60, 4: 120, 5: 120})
 """The 300 validation problems, to choose settings on, by number of operands."""
 
 ARROW = ">"
+"""Closes a prompt and separates the expressions of a chain."""
+
 _OPERATORS = "+-*"
 _DIGITS = "0123456789"
 _OPERANDS = (2, 3, 4, 5)
@@ -170,19 +169,16 @@ def step_probabilities(count: int) -> tuple[float, ...]:
     return tuple(2 ** (count - 1 - rank) / total for rank in range(count))
 
 
-def sample_chain(expression: str, rng: random.Random, *, careless: bool = False) -> str:
-    """Return one reference chain of the expression, or a careless one; its first expression is left out.
+def sample_chain(expression: str, rng: random.Random) -> str:
+    """Return one reference chain of the expression, its first expression left out.
 
     Example:
         >>> sample_chain("3+4*2", random.Random(0))
         '3+8>1'
-        >>> sample_chain("3+4*2", random.Random(1), careless=True)
-        '7*2>4'
     """
     _check_expression(expression)
-    choices = _careless_steps if careless else _legal_steps
     written = []
-    while steps := choices(expression):
+    while steps := _legal_steps(expression):
         expression = steps[_draw(step_probabilities(len(steps)), rng)].expression
         written.append(expression)
     return ARROW.join(written)
@@ -236,15 +232,9 @@ def split_of(expression: str) -> Split | None:
 
 
 def generate(
-    split: Split,
-    count: int,
-    seed: int = 0,
-    operands: Mapping[int, float] | None = None,
-    *,
-    careless: bool = False,
-    distinct: bool = False,
+    split: Split, count: int, seed: int = 0, operands: Mapping[int, float] | None = None, *, distinct: bool = False
 ) -> list[Row]:
-    """Draw problems of one split, each with one chain.
+    """Draw problems of one split, each with one reference chain.
 
     Args:
         split: `train`, `validation` or `held_out`.
@@ -252,7 +242,6 @@ def generate(
         seed: the same seed gives the same rows, on every machine.
         operands: share of the rows by number of operands; `TRAIN_MIX` by default, without two operands (the digit
             tables) outside training.
-        careless: careless chains instead of reference chains.
         distinct: draw no expression twice.
 
     Returns:
@@ -269,7 +258,7 @@ def generate(
     mix = _check_mix(split, operands)
     rng = random.Random(f"distillkit-arithmetic-{split}-{seed}")
     stream = _expressions(split, mix, rng)
-    return [_row(expression, rng, careless) for expression in _take(stream, count, distinct=distinct)]
+    return [_row(expression, rng) for expression in _take(stream, count, distinct=distinct)]
 
 
 def held_out() -> list[Row]:
@@ -299,11 +288,11 @@ def _fixed(split: Split) -> tuple[Row, ...]:
     return tuple(row for part in parts for row in part)
 
 
-def _row(expression: str, rng: random.Random, careless: bool) -> Row:
+def _row(expression: str, rng: random.Random) -> Row:
     return {
         "prompt": expression + ARROW,
         "answer": str(evaluate(expression)),
-        "chain": sample_chain(expression, rng, careless=careless),
+        "chain": sample_chain(expression, rng),
         "operands": len(expression[::2]),
     }
 
@@ -359,11 +348,6 @@ def _right_steps(expression: str) -> tuple[Step, ...]:
 @lru_cache(maxsize=100_000)
 def _legal_steps(expression: str) -> tuple[Step, ...]:
     return tuple(step for step in _right_steps(expression) if step.allowed)
-
-
-@lru_cache(maxsize=100_000)
-def _careless_steps(expression: str) -> tuple[Step, ...]:
-    return tuple(sorted(_right_steps(expression), key=lambda step: "*" in step.question))
 
 
 def _may_go(operators: str, index: int) -> bool:

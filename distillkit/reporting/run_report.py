@@ -52,6 +52,7 @@ class RunReport(Callback):
         self._console = Console(soft_wrap=True)
         self._started = time.monotonic()
         self._shown = False
+        self._ended = False
         self._written = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -94,6 +95,7 @@ class RunReport(Callback):
                 write_results(self._folder(trainer) / "eval" / f"{name}.jsonl", results, step=pl_module.rollout_step)
 
     on_test_end = on_validation_end
+    on_predict_end = on_validation_end
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the last rollouts and the plots."""
@@ -103,6 +105,13 @@ class RunReport(Callback):
             self._write_rollouts(trainer, pl_module)
         if trainer.is_global_zero:
             self._plots(trainer)
+            self._ended = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Say the last line, when every other callback has done its work."""
+        if self._ended:
+            self._ended = False
+            self.say_last_line(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Keep the plots of what was reached, and say where it is."""

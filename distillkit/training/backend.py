@@ -30,6 +30,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
         where = "trainer.accumulate_grad_batches: an update is split by tokens, not by batches"
         hint = "model.tokens_per_micro_batch for memory, model.minibatches for updates per step"
         raise ConfigError(problem(where, got=trainer.accumulate_grad_batches, expected="1", hint=hint))
+    if trainer.precision == "bf16-true":
+        where = "trainer.precision: the student's own dtype is the model's setting"
+        hint = "model.dtype: bfloat16 with trainer.precision: 32-true, or trainer.precision: bf16-mixed"
+        raise ConfigError(problem(where, got=trainer.precision, hint=hint))
     if trainer.precision in ("16-mixed", "16-true"):
         where = "trainer.precision: float16 needs a loss scale that on-policy updates do not have"
         raise ConfigError(problem(where, got=trainer.precision, hint="trainer.precision: bf16-mixed"))

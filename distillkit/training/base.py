@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -245,9 +246,7 @@ class StudentModule(pl.LightningModule):
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer and judge one batch of problems of one evaluation set."""
-        results = self.predict_step(batch, batch_idx, dataloader_idx)
-        self._metrics[batch.eval_set.name].update(results)
-        self.last_results.setdefault(batch.eval_set.name, []).extend(results)
+        self._metrics[batch.eval_set.name].update(self._answer(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log `<stage>/<set>/<metric>` of every set."""
@@ -262,16 +261,20 @@ class StudentModule(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_start(self) -> None:
-        """Hand the sampler the weights."""
+        """Start without results, and hand the sampler the weights."""
+        self.last_results = {}
         if self.sampler is not None:
             self.sampler.sync(self.scorer)
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> list[ProblemResult]:
-        """Return the results of one batch of problems: completions with their rewards."""
+    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Return, per problem, its prompt, gold answer and completions with their rewards."""
+        return [asdict(result) for result in self._answer(batch)]
+
+    def _answer(self, batch: EvalBatch) -> list[ProblemResult]:
         if self.sampler is None:
             hint = "model.sampler: hf"
             raise ConfigError(problem("model.sampler: evaluation needs a sampler", got="null", hint=hint))
-        return evaluate_batch(
+        results = evaluate_batch(
             batch,
             sampler=self.sampler,
             rewards=self.rewards,
@@ -279,6 +282,8 @@ class StudentModule(pl.LightningModule):
             seed=self.seed,
             policy_version=self.rollout_step,
         )
+        self.last_results.setdefault(batch.eval_set.name, []).extend(results)
+        return results
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run needs beside weights and optimizer."""

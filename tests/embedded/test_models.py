@@ -48,7 +48,7 @@ def test_hasty_chains_are_from_the_right_and_their_share_is_kept() -> None:
     assert hasty_chain("9-3-1") == "9-2>7"
     rows, plain = hasty_rows(2000), generate("train", 2000)
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in plain]
-    ambiguous = [r for r in rows if r["operands"] > 2 and not check_chain(r["prompt"], hasty_chain(r["prompt"][:-1])).legal]
+    ambiguous = [r for r in rows if not check_chain(r["prompt"], hasty_chain(r["prompt"][:-1])).legal]
     hasty = sum(r["chain"] == hasty_chain(r["prompt"][:-1]) for r in ambiguous) / len(ambiguous)
     assert HASTY_SHARE - 0.1 < hasty <= HASTY_SHARE + 0.05
     assert all(check_chain(r["prompt"], r["chain"]).legal or r["chain"] == hasty_chain(r["prompt"][:-1]) for r in rows)
