@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
     given = parser.parse_args()
-    threads = max((os.cpu_count() or 1) // given.jobs, 1)
+    threads = max((os.cpu_count() or 1) // max(given.jobs, 1), 1)
     pairs = [(name, seed) for seed in given.seeds for name in METHODS]
     with ThreadPoolExecutor(given.jobs) as pool:
         found = dict(zip(pairs, pool.map(lambda pair: run(given.folder, *pair, threads), pairs), strict=True))

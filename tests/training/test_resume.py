@@ -19,7 +19,8 @@ STEPS = 4
 ARGUMENTS = [
     "fit", "--config", "quickstart", "--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "2",
     "--data.prompts_per_step", "4", "--model.sampler.group_size", "4", "--model.sampler.max_new_tokens", "12",
-    "--model.inner_epochs", "2", "--data.val.0.source.limit", "8", "--checkpoint.every_n_steps", "1",
+    "--model.inner_epochs", "2", "--data.val.0.source.limit", "8", "--trainer.callbacks",
+    '[{"class_path": "distillkit.training.checkpoints.LastCheckpoint", "init_args": {"every_n_steps": 1}}]',
 ]  # fmt: skip
 
 KILLS = {
