@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = {
@@ -26,8 +27,16 @@ METHODS = {
 METRIC = "val/held_out/pass@1"
 
 
-def run(folder: Path, name: str, seed: int, threads: int) -> tuple[float, float, float]:
-    """Return start, end and seconds of one run."""
+@dataclass(frozen=True)
+class Result:
+    """Held-out accuracy by step, and the seconds that the steps took."""
+
+    accuracy: dict[int, float]
+    seconds: float
+
+
+def run(folder: Path, name: str, seed: int, threads: int) -> Result:
+    """Run one method with one seed, unless it is done already, and read what it logged."""
     slug = "".join(c if c.isalnum() else "-" for c in name)
     target = folder / f"{slug}-{seed}"
     if not (target / "student" / "config.json").exists():
@@ -40,8 +49,24 @@ def run(folder: Path, name: str, seed: int, threads: int) -> tuple[float, float,
         )
     with (target / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    scores = [float(row[METRIC]) for row in rows if row.get(METRIC)]
-    return scores[0], scores[-1], sum(float(row["time/step"]) for row in rows if row["time/step"])
+    return Result(
+        accuracy={int(row["step"]): float(row[METRIC]) for row in rows if row.get(METRIC)},
+        seconds=sum(float(row["time/step"]) for row in rows if row["time/step"]),
+    )
+
+
+def table(found: dict[tuple[str, int], Result], seeds: list[int]) -> str:
+    """Return a Markdown table: accuracy at some steps, mean over seeds (± sd at the end), and seconds in steps."""
+    steps = sorted(next(iter(found.values())).accuracy)
+    heads = ["method", *(f"step {step}" for step in steps), "seconds in steps"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in METHODS:
+        results = [found[name, seed] for seed in seeds]
+        cells = [f"{statistics.mean(r.accuracy[step] for r in results):.3f}" for step in steps]
+        spread = statistics.stdev(r.accuracy[steps[-1]] for r in results) if len(results) > 1 else 0.0
+        cells[-1] += f" ± {spread:.3f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(r.seconds for r in results):.0f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -51,18 +76,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"))
     given = parser.parse_args()
-    threads = max((os.cpu_count() or 1) // max(given.jobs, 1), 1)
+    threads = max((os.cpu_count() or 1) // given.jobs, 1)
     pairs = [(name, seed) for seed in given.seeds for name in METHODS]
     with ThreadPoolExecutor(given.jobs) as pool:
-        found = dict(zip(pairs, pool.map(lambda pair: run(given.folder, *pair, threads), pairs), strict=True))
-    print(f"| method | start | end (mean ± sd of seeds {', '.join(map(str, given.seeds))}) | gain | seconds in steps |")
-    print("|---|---|---|---|---|")
-    for name in METHODS:
-        starts, ends, seconds = zip(*(found[name, seed] for seed in given.seeds), strict=True)
-        start, end = statistics.mean(starts), statistics.mean(ends)
-        spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
-        gain = 100 * (end - start)
-        print(f"| {name} | {start:.3f} | {end:.3f} ± {spread:.3f} | {gain:+.1f} | {statistics.mean(seconds):.0f} |")
+        results = pool.map(lambda pair: run(given.folder, *pair, threads), pairs)
+        print(table(dict(zip(pairs, results, strict=True)), given.seeds))
 
 
 if __name__ == "__main__":
