@@ -12,6 +12,17 @@ import distillkit.models
 import distillkit.training.base
 from distillkit import embedded
 from distillkit.cli.main import main
+from distillkit.teachers.local import LocalTeacher
+from distillkit.types import ScoreRequest
+
+
+class SampledOnly(LocalTeacher):
+    """A teacher that, like many servers, gives the log-prob of the sampled token and nothing else."""
+
+    @property
+    def offers(self) -> ScoreRequest:
+        return ScoreRequest(sampled=True)
+
 
 QUICKSTART = ["fit", "--config", "quickstart", "--trainer.max_steps", "1"]
 
@@ -73,6 +84,20 @@ ConfigError: model.teacher: divergence K2 needs a teacher
 ConfigError: model.divergence: ReverseKL needs what the teacher CachedTeacher does not give
     got:      sampled log-probs, top-2147483648 log-probs, entropies
     expected: whole distributions
+    try:      model.teacher: {name: local, path: ...} gives everything
+""",
+    ),
+    "top-k of a teacher without top-k": (
+        [
+            "--model.teacher",
+            json.dumps({"class_path": f"{__name__}.SampledOnly", "init_args": {"path": "embedded:teacher"}}),
+            "--model.divergence",
+            "topk",
+        ],
+        """\
+ConfigError: model.divergence: TopK needs what the teacher SampledOnly does not give
+    got:      sampled log-probs
+    expected: its top 64 log-probs (it gives 0)
     try:      model.teacher: {name: local, path: ...} gives everything
 """,
     ),

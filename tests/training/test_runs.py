@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillkit import embedded
 from distillkit.cli.main import main
 from distillkit.divergences.sampled import K2
 from distillkit.reporting.rollouts import read_rollouts
@@ -82,14 +83,12 @@ def test_the_exported_student_is_the_trained_one() -> None:
     saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[f"scorer.model.{name}"]), name
-    before = AutoModelForCausalLM.from_pretrained(main_student())
+    before = AutoModelForCausalLM.from_pretrained(embedded_student())
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
-    assert tokenizer("3+4>").input_ids == AutoTokenizer.from_pretrained(main_student())("3+4>").input_ids
+    assert tokenizer("3+4>").input_ids == AutoTokenizer.from_pretrained(embedded_student())("3+4>").input_ids
 
 
-def main_student() -> Path:
-    from distillkit import embedded
-
+def embedded_student() -> Path:
     return Path(embedded.resolve("embedded:student"))
 
 
@@ -112,7 +111,7 @@ def test_bf16_trains(setting: list[str]) -> None:
     assert main([*FIT, *setting, "--model.inner_epochs", "2", "--model.optimizer.lr", "1e-3"]) == 0
     assert all(float(row["train/skipped_updates"]) == 0 for row in rows()[1:])
     assert all(float(row["train/grad_norm"]) > 0 for row in rows()[1:])
-    before = AutoModelForCausalLM.from_pretrained(main_student())
+    before = AutoModelForCausalLM.from_pretrained(embedded_student())
     after = AutoModelForCausalLM.from_pretrained("run/student")
     assert any(
         not torch.equal(p.float(), q.float()) for p, q in zip(before.parameters(), after.parameters(), strict=True)
@@ -142,6 +141,21 @@ def test_learning_rate_schedule_and_tensorboard() -> None:
     assert [float(row["train/learning_rate"]) for row in rows()[1:]] == pytest.approx([1.5e-5, 2.25e-5, 3e-5, 3e-5])
     events = EventAccumulator(str(next(Path("tb").rglob("events*")).parent)).Reload()
     assert [event.step for event in events.Scalars("train/reward")] == [1, 2, 3, 4]
+
+
+def test_padded_vocabularies_are_accepted_and_their_ids_never_sampled() -> None:
+    for name, extra in (("student", 5), ("teacher", 13)):
+        folder = embedded.resolve(f"embedded:{name}")
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model.resize_token_embeddings(len(tokenizer) + extra, mean_resizing=False)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[len(tokenizer) + 5 :] = 50.0
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    assert main([*FIT, "--model.student", "./student", "--model.teacher.path", "./teacher"]) == 0
+    assert all(0 < float(row["train/divergence"]) < 100 for row in rows()[1:])
+    model = AutoModelForCausalLM.from_pretrained("run/student")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained("run/student")) + 5
 
 
 def test_validate_test_and_predict(capsys: pytest.CaptureFixture[str]) -> None:
