@@ -356,9 +356,15 @@ class _Record:
                 self.grids[f"{name}_logprobs"] = known.clone()
         if batch.plan.divergence is not None:
             self.grids["divergence"] = blank.clone()
+        if batch.plan.distil_temperature != batch.plan.sampling_temperature:
+            self.grids["distil_logprobs"] = blank.clone()
 
     def keep(self, index: Tensor, scores: StudentScores) -> None:
-        found = {"student_logprobs": scores.logprobs, "divergence": scores.divergence}
+        found = {
+            "student_logprobs": scores.logprobs,
+            "distil_logprobs": scores.distil_logprobs,
+            "divergence": scores.divergence,
+        }
         if self._own_old:
             found["old_logprobs"] = scores.logprobs
         if scores.teacher_logprobs is not None:

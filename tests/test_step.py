@@ -348,6 +348,15 @@ def test_reference_divergence_pulls_towards_the_reference() -> None:
     assert values[-1] < 0.7 * values[0]
 
 
+def test_the_gap_is_recorded_at_the_temperature_of_the_teacher() -> None:
+    _, _, output = gradient(kdrl(StepSettings(distil_temperature=2.0, skip_zero_weight=False)))
+    mask = output.rollouts.loss_mask
+    ids = output.rollouts.tokens[mask][:, None]
+    expected = (full_logits(toy.model(0), output.rollouts) / 2.0).log_softmax(-1).gather(-1, ids)[:, 0]
+    torch.testing.assert_close(output.per_token["distil_logprobs"][mask], expected.detach(), rtol=0, atol=1e-5)
+    assert "distil_logprobs" not in gradient(kdrl())[2].per_token
+
+
 def test_phases_are_timed_and_rollout_rows_line_up() -> None:
     _, _, output = gradient(kdrl())
     assert {"time/rollout", "time/teacher", "time/reward", "time/update", "time/step"} <= set(output.metrics)

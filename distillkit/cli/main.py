@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     arguments = [argument for argument in given if argument != "--debug"]
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, and not as an error of the interpreter's own exit
+        return code
     except DistillkitError as error:
         return _failed(error, f"{type(error).__name__}: {error}", error.exit_code, debug)
     except KeyboardInterrupt as error:

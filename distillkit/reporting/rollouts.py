@@ -36,6 +36,7 @@ SCHEMA_VERSION = 1
 
 PER_TOKEN = (
     "student_logprobs",
+    "distil_logprobs",
     "old_logprobs",
     "behaviour_logprobs",
     "teacher_logprobs",
@@ -47,7 +48,7 @@ PER_TOKEN = (
 )
 """Per-token values that a rollout file may have, in its order; those that a step does not compute are absent."""
 
-_STUDENT = ("student_logprobs", "old_logprobs", "behaviour_logprobs")
+_STUDENT = ("distil_logprobs", "student_logprobs", "old_logprobs", "behaviour_logprobs")
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 

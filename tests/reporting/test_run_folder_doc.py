@@ -72,7 +72,7 @@ def test_the_rollout_example_and_its_tables(tmp_path: Path, step: Step) -> None:
     written = write_rollouts(tmp_path, step.output, step.tokenizer, 1).read_text().splitlines()
     assert list(record) == table_keys("key") == list(json.loads(written[0]))
     assert set(table_keys("key of `tokens`")) == {"text", "id", "sampled", *PER_TOKEN}
-    assert set(record["tokens"]) == set(table_keys("key of `tokens`")) - {"reference_logprobs"}
+    assert set(record["tokens"]) == set(table_keys("key of `tokens`")) - {"reference_logprobs", "distil_logprobs"}
 
 
 def test_the_console_example(
