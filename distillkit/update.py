@@ -7,7 +7,7 @@ gradient: every denominator is counted over the whole update and all ranks befor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -117,6 +117,15 @@ class _Coefficients:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Correction:
+    """Truncated importance weights [n, L] of each loss term, detached."""
+
+    policy: Tensor
+    distil: Tensor
+    reference: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _MicroBatch:
     """Rollouts `index` [n] of the batch; `real` is False for the dummy that keeps a rank in step with the others."""
 
@@ -159,7 +168,7 @@ def old_policy_scores(
     logprobs, divergence = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     everything = torch.arange(len(batch.rollouts), device=device)
     for part in _split(batch.rollouts, everything, settings, backend):
-        scores = _forward(batch, part.index, backend)
+        scores = _forward(batch, part.index, backend, batch.plan)
         if not part.real:
             continue
         length = scores.logprobs.shape[1]
@@ -243,11 +252,11 @@ def _split(
         yield _MicroBatch(index=lengths.argmin().reshape(1), real=False)
 
 
-def _forward(batch: PreparedBatch, index: Tensor, backend: StepBackend) -> StudentScores:
+def _forward(batch: PreparedBatch, index: Tensor, backend: StepBackend, plan: ScorePlan) -> StudentScores:
     rollouts = batch.rollouts.select(index)
     length = rollouts.tokens.shape[1]
     teacher, reference = (None if s is None else s.select(index, length) for s in (batch.teacher, batch.reference))
-    return backend.score(rollouts, batch.plan, teacher, reference)
+    return backend.score(rollouts, plan, teacher, reference)
 
 
 def _loss(
@@ -260,29 +269,33 @@ def _loss(
 ) -> tuple[Tensor, StudentScores]:
     """Return the micro-batch's share of the update's loss, and the scores it came from."""
     index, context = part.index, batch.context
-    scores = _forward(batch, index, backend)
+    # A frozen divergence is the old policy's: it is not computed again at every inner epoch.
+    frozen = batch.frozen_divergence
+    scores = _forward(batch, index, backend, batch.plan if frozen is None else replace(batch.plan, divergence=None))
     length = scores.logprobs.shape[1]
     cut = (index, slice(None, length))
     teacher = None if batch.teacher is None else batch.teacher.select(index, length)
     old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[cut]
     real = scores.loss_mask & part.real
     loss = (scores.logprobs.sum() + scores.distil_logprobs.sum()) * 0.0
+    divergence = scores.divergence if frozen is None else frozen[cut]
     correction = _off_policy(batch, settings, scores, old, cut)
     if context.objective is not None:
-        advantages = _advantages(batch, settings, scores, cut)
+        advantages = _advantages(batch, settings, divergence, cut)
         policy = context.objective.loss(scores, old, teacher, advantages)
         factor = coefficients.policy[cut] * correction.policy * part.real
         loss = loss + _weighted(policy, factor)
         counted = real & (coefficients.policy[cut] != 0)
         for name, values in context.objective.diagnostics(scores, old, teacher, advantages).items():
             meters.add(f"train/{name}", values, counted)
-    if scores.divergence is not None:
+    if divergence is not None:
         counted = real if teacher is None else real & teacher.valid
-        meters.add("train/divergence", scores.divergence, counted)
-        loss = loss + _weighted(scores.divergence, coefficients.distil[cut] * correction.distil * part.real)
+        meters.add("train/divergence", divergence, counted)
+        loss = loss + _weighted(divergence, coefficients.distil[cut] * correction.distil * part.real)
     if scores.reference_divergence is not None:
         meters.add("train/reference_divergence", scores.reference_divergence, real)
-        loss = loss + _weighted(scores.reference_divergence, coefficients.reference[cut] * part.real)
+        factor = coefficients.reference[cut] * correction.reference * part.real
+        loss = loss + _weighted(scores.reference_divergence, factor)
     meters.add_count("train/loss", float(loss.detach()))
     return loss, scores
 
@@ -293,19 +306,18 @@ def _weighted(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def _advantages(
-    batch: PreparedBatch, settings: StepSettings, scores: StudentScores, cut: tuple[Tensor, slice]
+    batch: PreparedBatch, settings: StepSettings, divergence: Tensor | None, cut: tuple[Tensor, slice]
 ) -> Tensor:
     advantages = batch.advantages[cut]
-    if settings.distill_through != "advantage" or scores.divergence is None:
+    if settings.distill_through != "advantage" or divergence is None:
         return advantages
-    divergence = scores.divergence.detach() if batch.frozen_divergence is None else batch.frozen_divergence[cut]
-    taught = batch.context.beta * batch.weights.distil[cut] * divergence
+    taught = batch.context.beta * batch.weights.distil[cut] * divergence.detach()
     return advantages * batch.weights.policy[cut] - taught
 
 
 def _off_policy(
     batch: PreparedBatch, settings: StepSettings, scores: StudentScores, old: Tensor, cut: tuple[Tensor, slice]
-) -> TokenWeights:
+) -> _Correction:
     """Truncated importance weights.
 
     Old over behaviour for the objective, whose ratio holds the rest; current over behaviour for an estimator that sees
@@ -314,13 +326,15 @@ def _off_policy(
     ones = torch.ones_like(old)
     cap = settings.importance_cap
     if cap is None:
-        return TokenWeights(policy=ones, distil=ones)
+        return _Correction(policy=ones, distil=ones, reference=ones)
     behaviour = old if batch.same_engine else batch.rollouts.behaviour_logprobs[cut]
-    divergence = batch.plan.divergence
-    sees_samples = divergence is not None and divergence.needs.sampled
+    current = importance_weights(scores.logprobs, behaviour, cap)
+    distil, reference = (
+        current if part is not None and part.needs.sampled else ones
+        for part in (batch.plan.divergence, batch.plan.reference_divergence)
+    )
     policy = ones if batch.same_engine else importance_weights(old, behaviour, cap)
-    distil = importance_weights(scores.logprobs, behaviour, cap) if sees_samples else ones
-    return TokenWeights(policy=policy, distil=distil)
+    return _Correction(policy=policy, distil=distil, reference=reference)
 
 
 def _finish(total: Tensor, settings: StepSettings, backend: StepBackend, meters: Meters) -> bool:
@@ -355,7 +369,7 @@ class _Record:
                 known = blank if scores.sampled is None else scores.sampled.masked_fill(~scores.valid, float("nan"))
                 self.grids[f"{name}_logprobs"] = known.clone()
         if batch.plan.divergence is not None:
-            self.grids["divergence"] = blank.clone()
+            self.grids["divergence"] = blank.clone() if batch.frozen_divergence is None else batch.frozen_divergence
         if batch.plan.distil_temperature != batch.plan.sampling_temperature:
             self.grids["distil_logprobs"] = blank.clone()
 

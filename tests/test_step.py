@@ -364,3 +364,21 @@ def test_phases_are_timed_and_rollout_rows_line_up() -> None:
     assert output.rollouts.group_id.tolist() == [100] * 4 + [101] * 4 + [102] * 4
     assert output.metrics["train/timed_out/even"] == 3
     assert output.metrics["train/unscored"] == 3
+
+
+@pytest.mark.parametrize("through", ["advantage", "reward"])
+def test_a_frozen_divergence_is_computed_once(through: Any) -> None:
+    class Counted(K1):
+        calls = 0
+
+        def __call__(self, student: Any, teacher: Any) -> Tensor:
+            type(self).calls += 1
+            return super().__call__(student, teacher)
+
+    settings = StepSettings(distill_through=through, inner_epochs=3, tokens_per_micro_batch=10_000)
+    _, backend, output = gradient(
+        build(objective=GRPO(), divergence=Counted(), rewards=[EvenDigits()], settings=settings)
+    )
+    assert (len(backend.gradients), Counted.calls) == (3, 1)
+    assert torch.isfinite(output.per_token["divergence"][output.rollouts.loss_mask]).all()
+    assert output.metrics["train/divergence"] != 0

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from distillkit.betas.constant import Constant
+from distillkit.components import DivergenceEstimator, RewardFn
+from distillkit.divergences.full import ReverseKL
 from distillkit.divergences.sampled import K2
 from distillkit.objectives.grpo import GRPO
-from distillkit.types import RolloutGroup, SampleRequest
+from distillkit.types import RewardOutput, RolloutBatch, RolloutGroup, SampleRequest
 from distillkit.update import StepSettings
 from tests import toy
-from tests.test_scorer import full_logits
+from tests.test_scorer import full_logits, local_teacher
 from tests.test_step import EvenDigits, build, close, gradient
+
+
+class Flat(RewardFn):
+    """The same for every rollout: the objective has nothing to learn."""
+
+    def __call__(self, rollouts: RolloutBatch) -> RewardOutput:
+        return RewardOutput.single("flat", [1.0] * len(rollouts))
 
 
 class ShiftedEngine(toy.RandomSampler):
@@ -55,6 +67,17 @@ def test_policy_term_is_weighted_by_the_truncated_ratio_of_old_to_behaviour() ->
 def test_an_estimator_of_sampled_tokens_is_weighted_too() -> None:
     plain = gradient(build(divergence=K2()))[0]
     close(gradient(build(divergence=K2(), sampler=ShiftedEngine(3.0)))[0], plain * 2.0)
+
+
+def test_a_reference_estimate_of_sampled_tokens_is_weighted_and_a_whole_distribution_is_not() -> None:
+    def of(part: DivergenceEstimator, **slots: Any) -> Tensor:
+        beta = Constant(value=1.0)
+        reference = local_teacher(toy.model(2))
+        extra = {"reference": reference, "reference_divergence": part, "reference_beta": beta, **slots}
+        return gradient(build(objective=GRPO(), rewards=[Flat()], **extra))[0]
+
+    close(of(K2(), sampler=ShiftedEngine(3.0)), of(K2()) * 2.0)
+    close(of(ReverseKL(), sampler=ShiftedEngine(3.0)), of(ReverseKL()))
 
 
 def test_unknown_behaviour_is_not_corrected() -> None:

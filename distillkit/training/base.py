@@ -94,6 +94,7 @@ class StudentModule(pl.LightningModule):
         self._random: Mapping[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._info: StudentInfo | None = None
+        self._fingerprint: dict[str, str] | None = None
         self._metrics: dict[str, EvalMetrics] = {}
 
     @abstractmethod
@@ -149,8 +150,11 @@ class StudentModule(pl.LightningModule):
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     def fingerprint(self) -> dict[str, str]:
-        """Return digests of the models, for `environment.json` and for resuming."""
-        return {"student": fingerprint(self.student), **{key: part.identity() for key, part in self.frozen.items()}}
+        """Return digests of the models as the run found them, for `environment.json` and for resuming."""
+        if self._fingerprint is None:
+            frozen = {key: part.identity() for key, part in self.frozen.items()}
+            self._fingerprint = {"student": fingerprint(self.student), **frozen}
+        return self._fingerprint
 
     def load_student(self) -> PreTrainedModel:
         """Return the model to train."""

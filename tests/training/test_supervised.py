@@ -262,7 +262,7 @@ class TopKServer(TeacherScorer):
     offers = ScoreRequest(sampled=True, topk=10)
 
     def score(self, rollouts: RolloutBatch, request: ScoreRequest) -> TeacherScores:
-        raise NotImplementedError
+        raise AssertionError("refused at the start: nothing is scored")
 
     def identity(self) -> str:
         return "server"
