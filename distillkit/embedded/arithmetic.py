@@ -40,10 +40,12 @@ __all__ = [
     "Split",
     "Step",
     "check_chain",
+    "draw",
     "evaluate",
     "generate",
     "held_out",
     "legal_steps",
+    "right_steps",
     "sample_chain",
     "split_of",
     "step_probabilities",
@@ -179,7 +181,7 @@ def sample_chain(expression: str, rng: random.Random) -> str:
     _check_expression(expression)
     written = []
     while steps := _legal_steps(expression):
-        expression = steps[_draw(step_probabilities(len(steps)), rng)].expression
+        expression = steps[draw(step_probabilities(len(steps)), rng)].expression
         written.append(expression)
     return ARROW.join(written)
 
@@ -300,7 +302,7 @@ def _row(expression: str, rng: random.Random) -> Row:
 def _expressions(split: Split, mix: Mapping[int, float], rng: random.Random) -> Iterator[str]:
     sizes, weights = tuple(mix), tuple(mix.values())
     while True:
-        size = sizes[_draw(weights, rng)]
+        size = sizes[draw(weights, rng)]
         expression = _draw_expression(size, rng)
         while not _belongs(expression, split):
             expression = _draw_expression(size, rng)
@@ -312,7 +314,8 @@ def _draw_expression(size: int, rng: random.Random) -> str:
     return "".join(letters[int(rng.random() * len(letters))] for letters in choices)
 
 
-def _draw(weights: tuple[float, ...], rng: random.Random) -> int:
+def draw(weights: tuple[float, ...], rng: random.Random) -> int:
+    """Return an index with probability in proportion to its weight."""
     threshold = rng.random() * sum(weights)
     for index, weight in enumerate(weights):
         threshold -= weight
@@ -337,7 +340,8 @@ def _digit_value(question: str) -> str:
 
 
 @lru_cache(maxsize=100_000)
-def _right_steps(expression: str) -> tuple[Step, ...]:
+def right_steps(expression: str) -> tuple[Step, ...]:
+    """Return the right reduction of every sub-expression, from the left, whether it may go next or not."""
     operators = expression[1::2]
     return tuple(
         _reduction(expression, index, _digit_value(_question(expression, index)), allowed=_may_go(operators, index))
@@ -347,7 +351,7 @@ def _right_steps(expression: str) -> tuple[Step, ...]:
 
 @lru_cache(maxsize=100_000)
 def _legal_steps(expression: str) -> tuple[Step, ...]:
-    return tuple(step for step in _right_steps(expression) if step.allowed)
+    return tuple(step for step in right_steps(expression) if step.allowed)
 
 
 def _may_go(operators: str, index: int) -> bool:
@@ -398,7 +402,7 @@ def _reaches_only_train(expression: str) -> bool:
     if len(expression) < 5:
         return True
     return _bucket(expression) == "train" and all(
-        _reaches_only_train(step.expression) for step in _right_steps(expression)
+        _reaches_only_train(step.expression) for step in right_steps(expression)
     )
 
 

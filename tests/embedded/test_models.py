@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distillkit import embedded
 from distillkit.cli.shipped import find_config
 from distillkit.embedded.arithmetic import check_chain, generate, held_out, split_of
-from distillkit.embedded.hasty import HASTY_SHARE, hasty_chain, hasty_rows
+from distillkit.embedded.careless import careless_chain, careless_rows
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [("teacher", 0.95, 1.0), ("student", 0.25, 0.60)])
+@pytest.mark.parametrize(("name", "least", "most"), [("teacher", 0.95, 1.0), ("student", 0.25, 0.50)])
 def test_greedy_held_out_accuracy(name: str, least: float, most: float) -> None:
     folder = embedded.resolve(f"embedded:{name}")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -33,7 +35,7 @@ def test_greedy_held_out_accuracy(name: str, least: float, most: float) -> None:
 
 def test_the_package_stays_small() -> None:
     files = [file for folder in embedded.MODELS.values() for file in folder.iterdir()]
-    assert sum(file.stat().st_size for file in files) < 6 * 2**20
+    assert sum(file.stat().st_size for file in files) < 9 * 2**20
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
@@ -43,17 +45,18 @@ def test_the_recipe_describes_the_model(name: str) -> None:
     assert {key: config[key] for key in recipe} == recipe
 
 
-def test_hasty_chains_are_from_the_right_and_their_share_is_kept() -> None:
-    assert hasty_chain("3*2+4*5") == "3*2+0>3*2>6"
-    assert hasty_chain("9-3-1") == "9-2>7"
-    rows, plain = hasty_rows(2000), generate("train", 2000)
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in plain]
-    ambiguous = [r for r in rows if not check_chain(r["prompt"], hasty_chain(r["prompt"][:-1])).legal]
-    hasty = sum(r["chain"] == hasty_chain(r["prompt"][:-1]) for r in ambiguous) / len(ambiguous)
-    assert HASTY_SHARE - 0.1 < hasty <= HASTY_SHARE + 0.05
-    assert all(check_chain(r["prompt"], r["chain"]).legal or r["chain"] == hasty_chain(r["prompt"][:-1]) for r in rows)
+def test_careless_chains_calculate_well_and_take_sums_first() -> None:
+    firsts = Counter(careless_chain("3*2+4*5", random.Random(seed)).split(">")[0] for seed in range(7000))
+    expected = {"3*6*5": 4 / 7, "6+4*5": 2 / 7, "3*2+0": 1 / 7}
+    assert {first: firsts[first] / 7000 for first in expected} == pytest.approx(expected, abs=0.02)
+    assert sum(firsts.values()) == sum(firsts[first] for first in expected)
 
 
-def test_hasty_chains_write_no_problem_of_another_split() -> None:
-    written = {e for row in hasty_rows(2000) for e in (row["prompt"][:-1], *row["chain"].split(">"))}
+def test_careless_rows_are_the_training_problems_with_other_chains() -> None:
+    rows, plain = careless_rows(2000), generate("train", 2000)
+    assert [(r["prompt"], r["answer"]) for r in rows] == [(r["prompt"], r["answer"]) for r in plain]
+    checks = [check_chain(row["prompt"], row["chain"]) for row in rows]
+    assert all(check.complete and all(step.right for step in check.steps) for check in checks)
+    assert 0.2 < sum(check.legal for check in checks) / len(checks) < 0.6
+    written = {e for row in rows for e in (row["prompt"][:-1], *row["chain"].split(">"))}
     assert {split_of(e) for e in written} <= {"train"}

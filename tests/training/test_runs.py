@@ -138,7 +138,7 @@ def test_learning_rate_schedule_and_tensorboard() -> None:
     logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "tb", "name": "x"}}
     more = ["--model.lr_scheduler", json.dumps(schedule), "--trainer.logger", json.dumps(logger)]
     assert main([*FIT, *more]) == 0
-    assert [float(row["train/learning_rate"]) for row in rows()[1:]] == pytest.approx([1.5e-5, 2.25e-5, 3e-5, 3e-5])
+    assert [float(row["train/learning_rate"]) for row in rows()[1:]] == pytest.approx([1.5e-4, 2.25e-4, 3e-4, 3e-4])
     events = EventAccumulator(str(next(Path("tb").rglob("events*")).parent)).Reload()
     assert [event.step for event in events.Scalars("train/reward")] == [1, 2, 3, 4]
 
