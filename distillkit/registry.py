@@ -47,10 +47,12 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "sampler": {
             "hf": "distillkit.samplers.hf.HFSampler",
             "replay": "distillkit.samplers.replay.ReplaySampler",
+            "mixed": "distillkit.samplers.mixed.MixedSampler",
         },
         "teacher": {
             "local": "distillkit.teachers.local.LocalTeacher",
             "cached": "distillkit.teachers.cached.CachedTeacher",
+            "extrapolated": "distillkit.teachers.extrapolated.ExtrapolatedTeacher",
         },
         "reward": {
             "math_verify": "distillkit.rewards.math_verify.MathVerify",
@@ -58,6 +60,7 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "knights_and_knaves": "distillkit.rewards.knights_and_knaves.KnightsAndKnaves",
             "format": "distillkit.rewards.format.FormatReward",
             "length": "distillkit.rewards.length.LengthReward",
+            "gsrm": "distillkit.rewards.gsrm.reward.StructureReward",
         },
         "divergence": {
             "k1": "distillkit.divergences.sampled.K1",
@@ -67,18 +70,29 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "forward_kl": "distillkit.divergences.full.ForwardKL",
             "reverse_kl": "distillkit.divergences.full.ReverseKL",
             "jsd": "distillkit.divergences.full.JSD",
+            "skew_forward_kl": "distillkit.divergences.skew.SkewForwardKL",
+            "skew_reverse_kl": "distillkit.divergences.skew.SkewReverseKL",
+            "todi": "distillkit.divergences.todi.ToDi",
+            "power": "distillkit.divergences.power.PowerDivergence",
         },
         "beta": {
             "constant": "distillkit.betas.constant.Constant",
             "linear": "distillkit.betas.linear.Linear",
             "cosine": "distillkit.betas.cosine.Cosine",
+            "switch": "distillkit.betas.switch.Switch",
+            "adaptive_kl": "distillkit.betas.adaptive_kl.AdaptiveKL",
+            "reward_progress": "distillkit.betas.reward_progress.RewardProgress",
         },
         "masker": {
             "response_level": "distillkit.maskers.response_level.ResponseLevel",
             "group_level": "distillkit.maskers.group_level.GroupLevel",
+            "routed": "distillkit.maskers.routed.Routed",
         },
         "objective": {
             "grpo": "distillkit.objectives.grpo.GRPO",
+            "gspo": "distillkit.objectives.gspo.GSPO",
+            "cispo": "distillkit.objectives.cispo.CISPO",
+            "rlsd": "distillkit.objectives.rlsd.RLSD",
             "trrd": "distillkit.objectives.trrd.TRRD",
         },
     }

@@ -216,7 +216,10 @@ def _coefficients(batch: PreparedBatch, settings: StepSettings, rows: Tensor, ba
         ),
     }
     if settings.normalize == "kept":
-        terms = {k: (eligible & (weights != 0), weights, how) for k, (eligible, weights, how) in terms.items()}
+        kept = {k: eligible & (weights != 0) for k, (eligible, weights, _) in terms.items()}
+        if inline:  # one advantage holds both terms, each with its own weight
+            kept["policy"] = scored & (batch.weights.policy != 0) | taught & (batch.weights.distil != 0)
+        terms = {k: (kept[k], weights, how) for k, (_, weights, how) in terms.items()}
     constant = batch.rollouts.settings.max_new_tokens
     if objective is not None and objective.constant_length is not None:
         constant = objective.constant_length
@@ -227,7 +230,8 @@ def _coefficients(batch: PreparedBatch, settings: StepSettings, rows: Tensor, ba
         for (eligible, weights, how), total in zip(terms.values(), totals, strict=True)
     )
     distil, reference = distil * context.beta, reference * context.reference_beta
-    learns = (batch.advantages != 0) | (taught & (batch.weights.distil * context.beta != 0) if inline else nothing)
+    rewarded = batch.advantages * batch.weights.policy != 0
+    learns = rewarded | (taught & (batch.weights.distil * context.beta != 0) if inline else nothing)
     active = ((policy != 0) & learns) | (distil != 0) | (reference != 0)
     keep = active.any(dim=1) if settings.skip_zero_weight else rows
     return _Coefficients(policy=policy, distil=distil, reference=reference, active=keep.nonzero().squeeze(1))

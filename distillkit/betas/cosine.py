@@ -23,7 +23,7 @@ class Cosine(BetaScheduler):
         steps: rollout steps from `start` to `end`.
 
     Raises:
-        ConfigError: `steps` below 1, or a value that is not finite.
+        ConfigError: `steps` below 1 or not finite, or a value that is not finite.
 
     Example:
         >>> round(Cosine(start=1.0, end=0.0, steps=4).value(1, {}), 4)
@@ -31,10 +31,11 @@ class Cosine(BetaScheduler):
     """
 
     def __init__(self, *, start: float, end: float, steps: int) -> None:
+        whole = "at least 1 rollout step and finite: the schedule would never end"
         for name, value, ok, expected in (
             ("start", start, math.isfinite(start), "a finite number"),
             ("end", end, math.isfinite(end), "a finite number"),
-            ("steps", steps, steps >= 1, "at least 1 rollout step"),
+            ("steps", steps, 1 <= steps < math.inf, whole),
         ):
             if not ok:
                 raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))

@@ -13,38 +13,52 @@ __all__ = ["Linear"]
 
 
 class Linear(BetaScheduler):
-    """β(step) = start + (end − start)·min(step/steps, 1).
+    """β(step) = start + (end − start)·min(step/steps, 1), or max(start − delta·step, end): the same line by its slope.
 
-    KDRL-Annealing, max(β₀ − δ·step, β_min) with β₀ = 5e-3, δ = 5e-5, β_min = 1e-3, is `start: 0.005, end: 0.001, steps:
-    80`.
+    KDRL-Annealing, max(β₀ − δ·step, β_min) with β₀ = 5e-3, δ = 5e-5, β_min = 1e-3, is `start: 0.005, end: 0.001, delta:
+    0.00005`; it reaches its end after 80 steps, so `steps: 80` says the same.
 
     See *KDRL*, Xu et al., 2025, https://arxiv.org/abs/2506.02208 (section 3.3; read second-hand).
 
     Args:
         start: value at step 0.
-        end: value from step `steps` on.
-        steps: rollout steps from `start` to `end`.
+        end: the value it stops at.
+        steps: rollout steps from `start` to `end`; give this or `delta`.
+        delta: how far it moves towards `end` in one rollout step, above 0; give this or `steps`.
 
     Raises:
-        ConfigError: `steps` below 1, or a value that is not finite.
+        ConfigError: both or neither of `steps` and `delta`, a line that never ends, or a value that is not finite.
 
     Example:
         >>> Linear(start=1.0, end=0.0, steps=4).value(1, {})
         0.75
+        >>> Linear(start=1.0, end=0.0, delta=0.5).value(1, {})
+        0.5
     """
 
-    def __init__(self, *, start: float, end: float, steps: int) -> None:
+    def __init__(self, *, start: float, end: float, steps: int | None = None, delta: float | None = None) -> None:
+        if (steps is None) == (delta is None):
+            where = "model.beta: a line needs its length or its slope"
+            given = "neither steps nor delta" if steps is None else f"steps {steps} and delta {delta}"
+            raise ConfigError(problem(where, got=given, expected="one of steps and delta", hint="steps: 80"))
+        whole = "at least 1 rollout step and finite: the schedule would never end"
+        slope = f"above 0 and finite (it moves towards end, {end}): the schedule would never end"
         for name, value, ok, expected in (
             ("start", start, math.isfinite(start), "a finite number"),
             ("end", end, math.isfinite(end), "a finite number"),
-            ("steps", steps, steps >= 1, "at least 1 rollout step"),
+            ("steps", steps, steps is None or 1 <= steps < math.inf, whole),
+            ("delta", delta, delta is None or 0 < delta < math.inf, slope),
         ):
             if not ok:
                 raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
         self.start = start
         self.end = end
         self.steps = steps
+        self.delta = delta
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""
+        if self.delta is not None:
+            return functional.annealed(step, self.start, self.end, self.delta)
+        assert self.steps is not None
         return functional.linear(step, self.start, self.end, self.steps)

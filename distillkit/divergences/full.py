@@ -14,10 +14,12 @@ from distillkit.errors import ConfigError, problem
 from distillkit.functional import divergences as functional
 from distillkit.types import ScoreRequest, TokenScores
 
-__all__ = ["JSD", "ForwardKL", "ReverseKL"]
+__all__ = ["JSD", "ForwardKL", "FullDivergence", "ReverseKL"]
 
 
-class _Full(DivergenceEstimator):
+class FullDivergence(DivergenceEstimator):
+    """What divergences of whole distributions share: the request, and why they are no advantage."""
+
     allowed_through = ("loss", "reward")
     why_not = (
         "it does not depend on the sampled token, so its expected gradient as an advantage is zero: "
@@ -30,7 +32,7 @@ class _Full(DivergenceEstimator):
         return ScoreRequest(full=True)
 
 
-class ForwardKL(_Full):
+class ForwardKL(FullDivergence):
     """KL(π_T‖π_θ) = Σ_v π_T (log π_T − log π_θ): covers all that the teacher does.
 
     As a reward, its sum over the rollout steers the policy to prefixes where the two agree.
@@ -43,7 +45,7 @@ class ForwardKL(_Full):
         return functional.forward_kl(*pair(self, student, teacher, "logits"))
 
 
-class ReverseKL(_Full):
+class ReverseKL(FullDivergence):
     """KL(π_θ‖π_T) = Σ_v π_θ (log π_θ − log π_T): keeps to what the teacher finds likely.
 
     As a reward, its sum over the rollout steers the policy to prefixes where the two agree.
@@ -56,7 +58,7 @@ class ReverseKL(_Full):
         return functional.reverse_kl(*pair(self, student, teacher, "logits"))
 
 
-class JSD(_Full):
+class JSD(FullDivergence):
     """w·KL(π_T‖m) + (1−w)·KL(π_θ‖m) with m = w·π_T + (1−w)·π_θ: bounded by ln 2.
 
     JSD/w tends to the forward KL for w → 0 and JSD/(1−w) to the reverse KL for w → 1; the formula itself is 0 at both

@@ -29,6 +29,9 @@ __all__ = [
     "k2",
     "k3",
     "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "todi",
     "topk_forward_kl",
     "topk_reverse_kl",
 ]
@@ -119,13 +122,70 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, teacher_weight: float = 
         hint = "forward_kl" if teacher_weight <= 0 else "reverse_kl"
         expected = "0 < teacher_weight < 1"
         raise ConfigError(problem("jsd.teacher_weight", got=teacher_weight, expected=expected, hint=hint))
-    # A finite floor, far below any log-prob that counts: the gradient of logaddexp(−inf, −inf) is NaN.
-    student, teacher = (log_softmax(logits).clamp(min=-1e30) for logits in (student_logits, teacher_logits))
-    weight = torch.tensor(teacher_weight, dtype=student.dtype, device=student.device)
-    mixture = torch.logaddexp(teacher + weight.log(), student + torch.log1p(-weight))
+    student, teacher = _floored(student_logits), _floored(teacher_logits)
+    mixture = _mixture(teacher, student, teacher_weight)
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
     to_student = (student.exp() * (student - mixture)).sum(dim=-1)
     return teacher_weight * to_teacher + (1 - teacher_weight) * to_student
+
+
+def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, weight: float = 0.1) -> Tensor:
+    """Return KL(π_T‖w·π_T + (1−w)·π_θ): the forward KL at w = 0, never above −log w. [..., V] and [..., V] → [...].
+
+    See *DistiLLM: Towards Streamlined Distillation for Large Language Models*, Ko et al., 2024,
+    https://arxiv.org/abs/2402.03898 (section 3.1).
+
+    Raises:
+        ConfigError: `weight` is not in [0, 1).
+
+    Example:
+        >>> round(skew_forward_kl(torch.tensor([-torch.inf, 0.0]), torch.tensor([0.0, -torch.inf]), 0.1).item(), 4)
+        2.3026
+    """
+    if _share("skew_forward_kl", weight) == 0:
+        return forward_kl(student_logits, teacher_logits)
+    student, teacher = _floored(student_logits), _floored(teacher_logits)
+    return (teacher.exp() * (teacher - _mixture(teacher, student, weight))).sum(dim=-1)
+
+
+def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, weight: float = 0.1) -> Tensor:
+    """Return KL(π_θ‖w·π_θ + (1−w)·π_T): the reverse KL at w = 0, never above −log w. [..., V] and [..., V] → [...].
+
+    Gradient flows through both places where π_θ stands. See `skew_forward_kl` for the source.
+
+    Raises:
+        ConfigError: `weight` is not in [0, 1).
+    """
+    if _share("skew_reverse_kl", weight) == 0:
+        return reverse_kl(student_logits, teacher_logits)
+    student, teacher = _floored(student_logits), _floored(teacher_logits)
+    return (student.exp() * (student - _mixture(student, teacher, weight))).sum(dim=-1)
+
+
+def todi(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return Σ_v a·π_T (log π_T − log π_θ) + (1−a)·π_θ (log π_θ − log π_T), a = σ(log π_T − log π_θ) without gradient.
+
+    Forward KL on the vocabulary entries that the student underrates, reverse KL on those it overrates. Since a·π_T −
+    (1−a)·π_θ = π_T − π_θ, the *value* is the Jeffreys divergence KL(π_T‖π_θ) + KL(π_θ‖π_T); the gradient is not.
+
+    See *ToDi: Token-wise Distillation via Fine-Grained Divergence Control*, Jung et al., 2025,
+    https://arxiv.org/abs/2505.16297.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+
+    Returns:
+        [...] nats/token.
+
+    Example:
+        >>> todi(torch.zeros(1, 2), torch.zeros(1, 2)).item()
+        0.0
+    """
+    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
+    nowhere = (student == -torch.inf) & (teacher == -torch.inf)
+    gap = (teacher - student).detach().masked_fill(nowhere, 0.0)
+    return _weighted_gap(teacher, student, gap.sigmoid()) + _weighted_gap(student, teacher, (-gap).sigmoid())
 
 
 def topk_reverse_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor, tail: bool = True) -> Tensor:
@@ -150,10 +210,28 @@ def topk_forward_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor
     return _topk(widen(teacher_topk_logprobs), widen(student_topk_logprobs), tail)
 
 
-def _weighted_gap(logp: Tensor, logq: Tensor) -> Tensor:
-    """Σ_v p (log p − log q) [...] with 0·log 0 = 0."""
+def _weighted_gap(logp: Tensor, logq: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Σ_v w p (log p − log q) [...] with 0·log 0 = 0 and w = 1 unless given."""
     gap = (logp - logq).masked_fill_(logp == -torch.inf, 0.0)
-    return (logp.exp() * gap).sum(dim=-1)
+    return (logp.exp() * (gap if weight is None else weight * gap)).sum(dim=-1)
+
+
+def _floored(logits: Tensor) -> Tensor:
+    # A finite floor, far below any log-prob that counts: the gradient of logaddexp(−inf, −inf) is NaN.
+    return log_softmax(logits).clamp(min=-1e30)
+
+
+def _mixture(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
+    """log(w·p + (1−w)·q), 0 < w < 1."""
+    share = torch.tensor(weight, dtype=logp.dtype, device=logp.device)
+    return torch.logaddexp(logp + share.log(), logq + torch.log1p(-share))
+
+
+def _share(name: str, weight: float) -> float:
+    if not 0 <= weight < 1:
+        expected = "0 <= weight < 1 (at 1 the divergence is 0)"
+        raise ConfigError(problem(f"{name}.weight", got=weight, expected=expected, hint="0.1"))
+    return weight
 
 
 def _topk(logp: Tensor, logq: Tensor, tail: bool) -> Tensor:

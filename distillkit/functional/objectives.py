@@ -9,7 +9,16 @@ from torch import Tensor
 
 from distillkit.errors import ConfigError, problem
 
-__all__ = ["ClampGradient", "clipped_policy_loss", "dual_clip", "importance_weights", "trrd_log_ratio"]
+__all__ = [
+    "ClampGradient",
+    "clipped_policy_loss",
+    "clipped_weight_loss",
+    "dual_clip",
+    "importance_weights",
+    "sequence_log_ratio",
+    "teacher_evidence",
+    "trrd_log_ratio",
+]
 
 ClampGradient = Literal["differentiable", "through", "detached"]
 
@@ -47,6 +56,68 @@ def dual_clip(loss: Tensor, advantages: Tensor, bound: float) -> Tensor:
         3.0
     """
     return torch.where(advantages < 0, torch.minimum(loss, -bound * advantages), loss)
+
+
+def clipped_weight_loss(
+    log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Return −sg[clip(r, 1−clip_low, 1+clip_high)]·Â·log π_θ: the clip bounds a token's weight, not its gradient.
+
+    See *MiniMax-M1*, MiniMax, 2025, https://arxiv.org/abs/2506.13585 (CISPO, eq. 4 and 5).
+
+    Args:
+        log_ratio: [...] log r; its gradient is not used.
+        logprobs: [...] log π_θ of the sampled tokens; carries gradient.
+        advantages: [...] detached.
+        clip_low: how far below 1 the weight may fall; 1 is no bound.
+        clip_high: how far above 1 it may rise.
+
+    Example:
+        >>> clipped_weight_loss(torch.tensor([5.0]), torch.tensor([-1.0]), torch.tensor([2.0]), 1.0, 0.5).item()
+        3.0
+    """
+    weight = log_ratio.detach().exp().clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages * logprobs
+
+
+def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Return log s on every token of `mask`, s = (π_θ(y)/π_old(y))^(1/|y|), with the gradient of the token alone.
+
+    log s_t = sg[mean_t (log π_θ − log π_old)] + log π_θ(y_t) − sg[log π_θ(y_t)]. The mean is taken in float64: its clip
+    is a few 1e-4 wide and |y| may be tens of thousands.
+
+    See *Group Sequence Policy Optimization*, Zheng et al., 2025, https://arxiv.org/abs/2507.18071 (GSPO-token).
+
+    Args:
+        logprobs: [n, L]; carries gradient.
+        old_logprobs: [n, L], detached.
+        mask: [n, L] bool, the tokens of y; |y| counts them.
+
+    Returns:
+        [n, L], 0 off `mask`.
+
+    Example:
+        >>> new, old = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, 0.0]])
+        >>> sequence_log_ratio(new, old, torch.tensor([[True, True, False]])).tolist()
+        [[-0.25, -0.25, 0.0]]
+    """
+    moved = torch.where(mask, (logprobs - old_logprobs).detach(), 0.0).double()
+    mean = moved.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mean.to(logprobs.dtype) + (logprobs - logprobs.detach()), 0.0)
+
+
+def teacher_evidence(teacher_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Return exp(sign(Â)·d), d = log π_T − log π_old: above 1 where the teacher agrees with the sign of Â.
+
+    The same shape comes back, detached; 1 where Â = 0. See arXiv 2609.04108, 2026, https://arxiv.org/abs/2609.04108.
+
+    Example:
+        >>> teacher, old = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -2.0])
+        >>> [round(e, 4) for e in teacher_evidence(teacher, old, torch.tensor([0.5, -0.5])).tolist()]
+        [2.7183, 0.3679]
+    """
+    agreement = advantages.sign() * (teacher_logprobs - old_logprobs).detach()
+    return torch.where(advantages == 0, 0.0, agreement).exp()  # 0 · ∞ where the teacher rules a token out
 
 
 def trrd_log_ratio(

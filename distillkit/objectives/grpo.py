@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 import torch
@@ -50,7 +50,7 @@ class GRPO(PolicyObjective):
         dual_clip: cap of the loss at dual_clip·|Â| where Â < 0; above 1, null for none.
 
     Raises:
-        ConfigError: an argument out of its range.
+        ConfigError: an argument out of its range, at the start or, where `model.schedules` moves it, at that step.
     """
 
     def __init__(
@@ -65,20 +65,6 @@ class GRPO(PolicyObjective):
         clip_high: float = 0.2,
         dual_clip: float | None = None,
     ) -> None:
-        unused = constant_length is not None and aggregation != "constant"
-        length_fits = constant_length is None or (constant_length >= 1 and not unused)
-        lengths = "null unless aggregation is constant" if unused else "at least 1 token, or null"
-        for name, value, ok, expected in (
-            ("correction", correction, correction in (0, 1), "0 (population) or 1 (sample)"),
-            ("eps", eps, eps >= 0, "at least 0"),
-            ("aggregation", aggregation, aggregation in get_args(Aggregation), "token, sequence or constant"),
-            ("constant_length", constant_length, length_fits, lengths),
-            ("clip_low", clip_low, 0 <= clip_low <= 1, "between 0 and 1"),
-            ("clip_high", clip_high, clip_high >= 0, "at least 0"),
-            ("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "above 1, or null for none"),
-        ):
-            if not ok:
-                raise ConfigError(problem(f"model.objective.{name}", got=value, expected=expected))
         self.std = std
         self.correction = correction
         self.eps = eps
@@ -87,9 +73,30 @@ class GRPO(PolicyObjective):
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.dual_clip = dual_clip
+        self._check("model.objective")
+
+    def _limits(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield name, whether its value is in range, and the range of every argument."""
+        unused = self.constant_length is not None and self.aggregation != "constant"
+        length_fits = self.constant_length is None or (self.constant_length >= 1 and not unused)
+        lengths = "null unless aggregation is constant" if unused else "at least 1 token, or null"
+        yield "correction", self.correction in (0, 1), "0 (population) or 1 (sample)"
+        yield "eps", self.eps >= 0, "at least 0"
+        yield "aggregation", self.aggregation in get_args(Aggregation), "token, sequence or constant"
+        yield "constant_length", length_fits, lengths
+        yield "clip_low", 0 <= self.clip_low <= 1, "between 0 and 1"
+        yield "clip_high", self.clip_high >= 0, "at least 0"
+        yield "dual_clip", self.dual_clip is None or self.dual_clip > 1, "above 1, or null for none"
+
+    def _check(self, where: str) -> None:
+        # Called by whatever uses the numbers too: a schedule sets them behind the constructor's back.
+        for name, ok, expected in self._limits():
+            if not ok:
+                raise ConfigError(problem(f"{where}.{name}", got=getattr(self, name), expected=expected))
 
     def advantages(self, rollouts: RolloutBatch, rewards: RewardOutput, scores: TeacherScores | None) -> Tensor:
         """Return Â [N, L]: the rollout's on each of its `loss_mask` tokens, plus the token's own reward."""
+        self._check("model.schedules.objective")
         total = rewards.total
         per_rollout = group_advantages(total, rollouts.group_id, self.std, self.correction, self.eps)
         per_token = per_rollout.unsqueeze(1).expand(rollouts.tokens.shape)
@@ -106,6 +113,7 @@ class GRPO(PolicyObjective):
         self, student: StudentScores, old_logprobs: Tensor, scores: TeacherScores | None, advantages: Tensor
     ) -> Tensor:
         """Return the clipped loss [n, L]."""
+        self._check("model.schedules.objective")
         log_ratio = self.log_ratio(student, old_logprobs, scores)
         loss = clipped_policy_loss(log_ratio, advantages, self.clip_low, self.clip_high)
         return loss if self.dual_clip is None else dual_clip(loss, advantages, self.dual_clip)

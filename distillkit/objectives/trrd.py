@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from distillkit.components import Aggregation
-from distillkit.errors import ConfigError, ContractError, problem
 from distillkit.functional.objectives import ClampGradient, trrd_log_ratio
+from distillkit.objectives._inputs import sampled_scores
 from distillkit.objectives.grpo import GRPO
 from distillkit.types import ScoreRequest, StudentScores, TeacherScores
 
@@ -51,7 +51,7 @@ class TRRD(GRPO):
         dual_clip: cap of the loss at dual_clip·|Â| where Â < 0; above 1, null for none.
 
     Raises:
-        ConfigError: an argument out of its range.
+        ConfigError: an argument out of its range, at the start or, where `model.schedules` moves it, at that step.
     """
 
     needs = ScoreRequest(sampled=True)
@@ -71,6 +71,9 @@ class TRRD(GRPO):
         clip_high: float = 0.28,
         dual_clip: float | None = None,
     ) -> None:
+        self.alpha = alpha
+        self.clamp = clamp
+        self.clamp_grad = clamp_grad
         super().__init__(
             std=std,
             correction=correction,
@@ -81,22 +84,18 @@ class TRRD(GRPO):
             clip_high=clip_high,
             dual_clip=dual_clip,
         )
+
+    def _limits(self) -> Iterator[tuple[str, bool, str]]:
+        yield "alpha", 0 <= self.alpha <= 1, "between 0 (the teacher alone) and 1 (GRPO)"
+        yield "clamp", self.clamp is None or self.clamp > 0, "above 0 nats, or null for none"
         modes = get_args(ClampGradient)
-        for name, value, ok, expected in (
-            ("alpha", alpha, 0 <= alpha <= 1, "between 0 (the teacher alone) and 1 (GRPO)"),
-            ("clamp", clamp, clamp is None or clamp > 0, "above 0 nats, or null for none"),
-            ("clamp_grad", clamp_grad, clamp_grad in modes, "differentiable, through or detached"),
-        ):
-            if not ok:
-                raise ConfigError(problem(f"model.objective.{name}", got=value, expected=expected))
-        self.alpha = alpha
-        self.clamp = clamp
-        self.clamp_grad = clamp_grad
+        yield "clamp_grad", self.clamp_grad in modes, "differentiable, through or detached"
+        yield from super()._limits()
 
     def log_ratio(self, student: StudentScores, old_logprobs: Tensor, scores: TeacherScores | None) -> Tensor:
         """Return log r [n, L]; GRPO's where the teacher has no score."""
         plain = super().log_ratio(student, old_logprobs, scores)
-        valid, teacher = _teacher(scores)
+        valid, teacher = sampled_scores("TRRD", scores)
         mixed = trrd_log_ratio(
             student.logprobs,
             old_logprobs.detach(),
@@ -113,15 +112,8 @@ class TRRD(GRPO):
         self, student: StudentScores, old_logprobs: Tensor, scores: TeacherScores | None, advantages: Tensor
     ) -> Mapping[str, Tensor]:
         """Return GRPO's diagnostics, and `teacher_clamped`: 1 where the clamp on the teacher's log-ratio binds."""
-        valid, teacher = _teacher(scores)
+        valid, teacher = sampled_scores("TRRD", scores)
         found = dict(super().diagnostics(student, old_logprobs, scores, advantages))
         bound = float("inf") if self.clamp is None else self.clamp
         found["teacher_clamped"] = (valid & ((student.distil_logprobs - teacher).abs() > bound)).float()
         return found
-
-
-def _teacher(scores: TeacherScores | None) -> tuple[Tensor, Tensor]:
-    if scores is None or scores.sampled is None:
-        expected = "TeacherScores.sampled [n, L]"
-        raise ContractError(problem("TRRD: the teacher's log-probs of the sampled tokens", got=None, expected=expected))
-    return scores.valid, scores.sampled.detach()

@@ -8,10 +8,14 @@ from torch import Tensor
 
 from distillkit.components import DivergenceEstimator
 from distillkit.divergences.full import JSD, ForwardKL, ReverseKL
+from distillkit.divergences.power import PowerDivergence
 from distillkit.divergences.sampled import K1, K2, K3
+from distillkit.divergences.skew import SkewForwardKL, SkewReverseKL
+from distillkit.divergences.todi import ToDi
 from distillkit.divergences.topk import TopK
 from distillkit.errors import ConfigError, ContractError
 from distillkit.functional import divergences as functional
+from distillkit.functional.power_divergence import power
 from distillkit.types import ScoreRequest, TokenScores
 
 
@@ -35,6 +39,13 @@ SAMPLED, TOPK, FULL = both("sampled", 5), both("topk", 5, 3), both("logits", 5, 
         (ForwardKL(), FULL, functional.forward_kl, ScoreRequest(full=True)),
         (ReverseKL(), FULL, functional.reverse_kl, ScoreRequest(full=True)),
         (JSD(teacher_weight=0.2), FULL, lambda s, t: functional.jsd(s, t, 0.2), ScoreRequest(full=True)),
+        (SkewForwardKL(), FULL, functional.skew_forward_kl, ScoreRequest(full=True)),
+        (SkewForwardKL(weight=0.4), FULL, lambda s, t: functional.skew_forward_kl(s, t, 0.4), ScoreRequest(full=True)),
+        (SkewReverseKL(), FULL, functional.skew_reverse_kl, ScoreRequest(full=True)),
+        (SkewReverseKL(weight=0.4), FULL, lambda s, t: functional.skew_reverse_kl(s, t, 0.4), ScoreRequest(full=True)),
+        (ToDi(), FULL, functional.todi, ScoreRequest(full=True)),
+        (PowerDivergence(), FULL, power, ScoreRequest(full=True)),
+        (PowerDivergence(exponent=-0.5), FULL, lambda s, t: power(s, t, -0.5), ScoreRequest(full=True)),
         (TopK(k=3), TOPK, functional.topk_reverse_kl, ScoreRequest(topk=3)),
         (TopK(k=3, direction="forward"), TOPK, functional.topk_forward_kl, ScoreRequest(topk=3)),
         (TopK(k=3, tail=False), TOPK, lambda s, t: functional.topk_reverse_kl(s, t, False), ScoreRequest(topk=3)),
@@ -52,6 +63,7 @@ def test_each_part_is_its_function(
 def test_defaults() -> None:
     assert TopK().needs == ScoreRequest(topk=64) and TopK().tail and TopK().direction == "reverse"
     assert JSD().teacher_weight == 0.5 and K2().bound is None
+    assert SkewForwardKL().weight == SkewReverseKL().weight == 0.1 and PowerDivergence().exponent == 2 / 3
 
 
 ZERO_LOSS = "its expected gradient as a loss is zero: set model.distill_through: advantage"
@@ -74,6 +86,10 @@ BLIND = (
         (ForwardKL, ("loss", "reward"), NO_TOKEN),
         (ReverseKL, ("loss", "reward"), NO_TOKEN),
         (JSD, ("loss", "reward"), NO_TOKEN),
+        (SkewForwardKL, ("loss", "reward"), NO_TOKEN),
+        (SkewReverseKL, ("loss", "reward"), NO_TOKEN),
+        (ToDi, ("loss", "reward"), NO_TOKEN),
+        (PowerDivergence, ("loss", "reward"), NO_TOKEN),
         (TopK, ("loss", "reward"), NO_TOKEN),
     ],
 )
@@ -106,6 +122,24 @@ def test_how_each_may_reach_the_gradient(cls: type[DivergenceEstimator], allowed
             "    expected: > 0, or null for no bound\n"
             "    try:      5.0",
         ),
+        (
+            lambda: SkewForwardKL(weight=1.0),
+            "model.divergence.weight: at 1 both sides are the same and the divergence is 0\n"
+            "    got:      1.0\n"
+            "    expected: 0 <= weight < 1\n"
+            "    try:      0.1, or model.divergence: forward_kl for none",
+        ),
+        (
+            lambda: SkewReverseKL(weight=-0.5),
+            "model.divergence.weight: at 1 both sides are the same and the divergence is 0\n"
+            "    got:      -0.5\n"
+            "    expected: 0 <= weight < 1\n"
+            "    try:      0.1, or model.divergence: reverse_kl for none",
+        ),
+        (
+            lambda: PowerDivergence(exponent=float("nan")),
+            "model.divergence.exponent\n    got:      nan\n    expected: a finite number",
+        ),
         (lambda: TopK(k=0), "model.divergence.k\n    got:      0\n    expected: at least 1 token"),
         (
             lambda: TopK(direction="both"),  # type: ignore[arg-type]
@@ -116,7 +150,7 @@ def test_how_each_may_reach_the_gradient(cls: type[DivergenceEstimator], allowed
             "model.divergence.chosen_by\n    got:      coin\n    expected: teacher or student",
         ),
     ],
-    ids=["jsd 0", "jsd 1", "bound", "k", "direction", "chosen_by"],
+    ids=["jsd 0", "jsd 1", "bound", "skew 1", "skew below 0", "exponent", "k", "direction", "chosen_by"],
 )
 def test_bad_arguments_are_refused(make: object, text: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -135,3 +169,14 @@ def test_missing_scores_are_named() -> None:
 def test_scheduled_numbers_change_a_copy() -> None:
     part = K2(bound=2.0)
     assert part.at({"bound": 1.0})(*SAMPLED).equal(K2(bound=1.0)(*SAMPLED)) and part.bound == 2.0
+    power_part = PowerDivergence()
+    assert power_part.at({"exponent": -1.0})(*FULL).equal(ReverseKL()(*FULL)) and power_part.exponent == 2 / 3
+
+
+def test_a_scheduled_skew_outside_its_range_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        SkewReverseKL().at({"weight": 1.25})(*FULL)
+    assert str(error.value) == (
+        "skew_reverse_kl.weight\n    got:      1.25\n    expected: 0 <= weight < 1 (at 1 the divergence is 0)\n"
+        "    try:      0.1"
+    )

@@ -12,6 +12,7 @@ from distillkit.components import Masker
 from distillkit.errors import ConfigError
 from distillkit.maskers.group_level import GroupLevel
 from distillkit.maskers.response_level import ResponseLevel
+from distillkit.maskers.routed import Routed
 from distillkit.testing import rollout_batch
 from distillkit.types import RewardOutput
 
@@ -23,17 +24,18 @@ CORRECT = [
 ]
 
 
-def kept(masker: Masker, correct: Sequence[bool | None]) -> list[int]:
-    """Return the distillation weight of each rollout, having checked that it is one per rollout."""
+def weights_of(masker: Masker, correct: Sequence[bool | None]) -> tuple[list[int], list[int]]:
+    """Return the policy and the distillation weight of each rollout, having checked that they are one per rollout."""
     rollouts = rollout_batch(GROUPS)
     values = [None if c is None else 0.0 for c in correct]  # every reward is 0: correctness must decide, not the value
     rewards = RewardOutput.single(
         "r", values, correct=correct, status=["timed_out" if c is None else "scored" for c in correct]
     )
     weights = masker(rollouts, rewards, None)
-    assert torch.equal(weights.policy, torch.ones(rollouts.tokens.shape))
-    assert torch.equal(weights.distil, weights.distil[:, :1].expand(rollouts.tokens.shape))
-    return [int(w) for w in weights.distil[:, 0].tolist()]
+    for grid in (weights.policy, weights.distil):
+        assert torch.equal(grid, grid[:, :1].expand(rollouts.tokens.shape))
+    policy, distil = ([int(w) for w in grid[:, 0].tolist()] for grid in (weights.policy, weights.distil))
+    return policy, distil
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,18 @@ def kept(masker: Masker, correct: Sequence[bool | None]) -> list[int]:
     ids=["response drop", "response keep", "group drop", "group keep"],
 )
 def test_who_is_distilled(masker: Masker, want: list[int]) -> None:
-    assert kept(masker, CORRECT) == want
+    assert weights_of(masker, CORRECT) == ([1] * 12, want)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "distil"),
+    [("drop", [*[0, 1, 0, 1], *[1, 1, 1, 0], *[0] * 4]), ("keep", [*[0, 1, 1, 1], *[1] * 4, *[1] * 4])],
+)
+def test_routed_gives_correct_responses_to_the_rewards_and_wrong_ones_to_the_teacher(
+    unknown: str, distil: list[int]
+) -> None:
+    policy = [1, *[0] * 11]
+    assert weights_of(Routed(unknown=unknown), CORRECT) == (policy, distil)  # type: ignore[arg-type]
 
 
 def test_groups_go_by_id_and_not_by_place() -> None:
@@ -58,9 +71,9 @@ def test_groups_go_by_id_and_not_by_place() -> None:
     assert GroupLevel()(rollouts, rewards, None).distil[:, 0].tolist() == [0, 1] * 4 + [0] * 4
 
 
-@pytest.mark.parametrize("cls", [ResponseLevel, GroupLevel])
-def test_no_rewards_is_a_config_error(cls: type[ResponseLevel] | type[GroupLevel]) -> None:
-    name = {"ResponseLevel": "response_level", "GroupLevel": "group_level"}[cls.__name__]
+@pytest.mark.parametrize("cls", [ResponseLevel, GroupLevel, Routed])
+def test_no_rewards_is_a_config_error(cls: type[ResponseLevel] | type[GroupLevel] | type[Routed]) -> None:
+    name = {"ResponseLevel": "response_level", "GroupLevel": "group_level", "Routed": "routed"}[cls.__name__]
     with pytest.raises(ConfigError) as error:
         cls()(rollout_batch(GROUPS), None, None)
     assert str(error.value) == (
@@ -95,8 +108,8 @@ def test_a_reward_that_failed_for_a_whole_batch_is_no_config_error() -> None:
     assert (GroupLevel(unknown="keep")(rollouts, rewards, None).distil == 1).all()
 
 
-@pytest.mark.parametrize("cls", [ResponseLevel, GroupLevel])
-def test_unknown_rule_is_checked(cls: type[ResponseLevel] | type[GroupLevel]) -> None:
+@pytest.mark.parametrize("cls", [ResponseLevel, GroupLevel, Routed])
+def test_unknown_rule_is_checked(cls: type[ResponseLevel] | type[GroupLevel] | type[Routed]) -> None:
     with pytest.raises(ConfigError) as error:
         cls(unknown="wrong")  # type: ignore[arg-type]
     assert str(error.value) == "model.masker.unknown\n    got:      wrong\n    expected: keep or drop"

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from distillkit_example.few_words import FewWords
-from distillkit_example.skew import SkewReverseKL
+from distillkit_example.hellinger import Hellinger
 
 from distillkit.errors import ConfigError
-from distillkit.functional.divergences import reverse_kl
+from distillkit.functional.power_divergence import power
 from distillkit.testing import check
 from distillkit.types import TokenScores
 
@@ -19,46 +19,54 @@ def scores(*probabilities: float) -> TokenScores:
     return TokenScores(logits=torch.tensor([probabilities]).log())
 
 
-@pytest.mark.parametrize("part", [SkewReverseKL(), SkewReverseKL(alpha=0.5), FewWords(), FewWords(limit=3)])
+@pytest.mark.parametrize("part", [Hellinger(), Hellinger(scale=4.0), FewWords(), FewWords(limit=3)])
 def test_parts_keep_the_contract(part: object) -> None:
     check(part)  # type: ignore[arg-type]
 
 
-def test_skew_reverse_kl_equals_the_sum_written_out() -> None:
-    # m = 0.8·(0.25, 0.75) + 0.2·(0.5, 0.5) = (0.3, 0.7)
-    expected = 0.5 * math.log(0.5 / 0.3) + 0.5 * math.log(0.5 / 0.7)
-    value = SkewReverseKL(alpha=0.2)(scores(0.5, 0.5), scores(0.25, 0.75))
+def test_hellinger_equals_the_sum_written_out() -> None:
+    expected = ((0.5 - math.sqrt(0.5)) ** 2 + (math.sqrt(0.75) - math.sqrt(0.5)) ** 2) / 2
+    value = Hellinger()(scores(0.5, 0.5), scores(0.25, 0.75))
     assert value.item() == pytest.approx(expected, rel=1e-6)
+    assert Hellinger(scale=3.0)(scores(0.5, 0.5), scores(0.25, 0.75)).item() == pytest.approx(3 * expected, rel=1e-6)
 
 
-def test_skew_reverse_kl_is_bounded_where_the_teacher_gives_no_mass() -> None:
-    value = SkewReverseKL(alpha=0.1)(scores(1.0, 0.0), scores(0.0, 1.0))
-    assert value.item() == pytest.approx(-math.log(0.1), rel=1e-6)
+def test_hellinger_is_bounded_where_the_two_have_nothing_in_common() -> None:
+    assert Hellinger()(scores(1.0, 0.0), scores(0.0, 1.0)).item() == pytest.approx(1.0, rel=1e-6)
 
 
-def test_skew_reverse_kl_tends_to_the_reverse_kl() -> None:
+def test_hellinger_is_a_member_of_the_power_family() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 7), torch.randn(5, 7)
-    value = SkewReverseKL(alpha=1e-6)(TokenScores(logits=student), TokenScores(logits=teacher))
-    torch.testing.assert_close(value, reverse_kl(student, teacher), rtol=1e-4, atol=1e-6)
+    value = Hellinger(scale=4.0)(TokenScores(logits=student), TokenScores(logits=teacher))
+    torch.testing.assert_close(value, power(student, teacher, -0.5), rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_passes_through_both_sides_of_the_ratio() -> None:
+def test_gradient_against_its_closed_form() -> None:
+    """½ Σ (√q − √p)² = 1 − Σ √(p·q): the gradient in the student's log p is −½ √(p·q), through the softmax."""
     student = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float32, requires_grad=True)
     teacher = torch.tensor([[1.0, 0.0, -1.0]])
-    (gradient,) = torch.autograd.grad(
-        SkewReverseKL(alpha=0.3)(TokenScores(logits=student), TokenScores(logits=teacher)).sum(), student
-    )
+    value = Hellinger()(TokenScores(logits=student), TokenScores(logits=teacher))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
     p, q = student.detach().softmax(-1), teacher.softmax(-1)
-    m = 0.7 * q + 0.3 * p
-    slope = (p / m).log() + 1 - 0.3 * p / m  # d/dp of p·log(p/m), m moving with p
-    torch.testing.assert_close(gradient, p * (slope - (p * slope).sum(-1, keepdim=True)))
+    slope = -0.5 * (p * q).sqrt()
+    torch.testing.assert_close(gradient, slope - p * slope.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.5])
-def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
-    with pytest.raises(ConfigError, match=r"model\.divergence\.alpha"):
-        SkewReverseKL(alpha=alpha)
+def test_a_token_impossible_on_both_sides_counts_for_nothing() -> None:
+    student = torch.tensor([[0.3, -torch.inf, 0.1]], requires_grad=True)
+    value = Hellinger()(TokenScores(logits=student), TokenScores(logits=torch.tensor([[1.0, -torch.inf, 0.0]])))
+    value.sum().backward()
+    assert value.isfinite().all() and student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_scale_outside_its_range_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError) as error:
+        Hellinger(scale=scale)
+    assert str(error.value) == (
+        f"model.divergence.scale\n    got:      {scale}\n    expected: above 0 and finite\n    try:      1.0"
+    )
 
 
 def test_few_words_counts_words() -> None:
