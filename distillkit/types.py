@@ -53,15 +53,16 @@ Prompt = str | Sequence[Mapping[str, Any]]
 CORRECT, WRONG, UNKNOWN = 1, 0, -1
 """Values of `RewardOutput.correct`. Unknown is not wrong."""
 
-RewardStatus = Literal["scored", "unparseable", "not_applicable", "timed_out", "crashed"]
+RewardStatus = Literal["scored", "unparseable", "not_applicable", "timed_out", "crashed", "undecided"]
 """How one reward value came about.
 
 `scored`: compared and valued. `unparseable`: no answer was found in the completion; that is a wrong answer, value 0.
 `not_applicable`: the reward does not concern this rollout (a TRL function returned None): NaN, left out of the sum.
-`timed_out`, `crashed`: it could not be scored: NaN, and the whole rollout is left out of its group.
+`timed_out`, `crashed`, `undecided` (a model that takes traces apart or judges gave nothing that can be used): it could
+not be scored: NaN, and the whole rollout is left out of its group.
 """
 
-NOT_A_SCORE: frozenset[str] = frozenset({"timed_out", "crashed"})
+NOT_A_SCORE: frozenset[str] = frozenset({"timed_out", "crashed", "undecided"})
 """Statuses after which a rollout has no reward at all, whatever its other rewards say."""
 
 

@@ -2,7 +2,8 @@
 
 `math_verify` a final answer compared as mathematics, in processes with a deadline · `answer` a final answer compared as
 text or number · `knights_and_knaves` the role of every inhabitant · `format` the shape of the completion · `length`
-DAPO's overlong punishment · `function` a plain Python function in TRL's convention.
+DAPO's overlong punishment · `gsrm` the structure of the reasoning against a teacher's (RLKD; a folder of its own) ·
+`function` a plain Python function in TRL's convention.
 
 Helpers: `pool` worker processes with a deadline, a memory cap and no leftovers (`pool_process` and `pool_worker` are
 the two ends of its pipes) · `extract` finding the final answer in a text, and its normal form · `math_answers`
@@ -10,8 +11,8 @@ comparing two answers, inside a worker.
 
 To add one: subclass `distillkit.components.RewardFn` (keyword-only arguments, `weight` passed on), return
 `RewardOutput.single(...)` from `__call__`, and register the class under the entry point group `distillkit.reward`. A
-value that could not be computed is NaN with the status `timed_out` or `crashed`, never 0. For a few lines of Python,
-write a function instead and give its dotted path in `model.rewards`.
+value that could not be computed is NaN with the status `timed_out`, `crashed` or `undecided`, never 0. For a few lines
+of Python, write a function instead and give its dotted path in `model.rewards`.
 """
 
 from __future__ import annotations
