@@ -116,6 +116,8 @@ class RolloutSampler(Component):
     kind = "sampler"
     same_engine: ClassVar[bool] = False
     """True when the sampler runs the trainer's own weights in place: behaviour and old policy are then the same."""
+    on_policy: ClassVar[bool] = True
+    """False when some tokens are not draws of the student's: no policy gradient or estimate may be made of them."""
 
     def __init__(
         self, *, group_size: int = 8, max_new_tokens: int = 512, temperature: float = 1.0, top_p: float = 1.0
@@ -142,6 +144,11 @@ class RolloutSampler(Component):
             temperature=self.temperature,
             top_p=self.top_p,
         )
+
+    @property
+    def evaluator(self) -> RolloutSampler:
+        """The sampler that answers evaluation sets: this one, unless others' completions are mixed into its own."""
+        return self
 
     @abstractmethod
     def sync(self, student: StudentScorer) -> None:

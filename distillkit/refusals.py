@@ -18,7 +18,7 @@ from distillkit.components import (
     TeacherScorer,
 )
 from distillkit.errors import ConfigError, did_you_mean, problem
-from distillkit.types import ScoreRequest
+from distillkit.types import SamplingSettings, ScoreRequest
 
 __all__ = ["SCHEDULED_SCALARS", "StepParts", "check_parts", "check_supervised", "teacher_request"]
 
@@ -68,6 +68,7 @@ def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
     """
     problems = [
         *_sampling(parts),
+        *_given_tokens(parts),
         *_learning(parts, distill_through),
         *_teacher(parts),
         *_divergence(parts, distill_through),
@@ -141,10 +142,27 @@ def _sampling(parts: StepParts) -> Iterator[str]:
         hint = "model.sampler.top_p: 1.0 (evaluation sets have their own top_p)"
         where = "model.sampler.top_p: the importance ratio of truncated sampling is not defined in training"
         yield problem(where, got=sampler.top_p, expected="1.0", hint=hint)
-    if sampler.group_size == 1 and parts.objective is not None and parts.rewards:
+    if sampler.group_size == 1 and sampler.on_policy and parts.objective is not None and parts.rewards:
         where = "model.sampler.group_size: the group is the baseline; with one rollout every advantage is 0"
         hint = "model.sampler.group_size: 8, or model.rewards: [] to distil alone"
         yield problem(where, got=1, expected="at least 2 with rewards and an objective", hint=hint)
+
+
+def _given_tokens(parts: StepParts) -> Iterator[str]:
+    if parts.sampler.on_policy:
+        return
+    name = type(parts.sampler).__name__
+    if parts.objective is not None:
+        where = f"model.objective: the sampler {name} also gives tokens of others, which have no policy gradient"
+        hint = "model.objective: null, or model.sampler: hf"
+        yield problem(where, got=type(parts.objective).__name__, expected="null", hint=hint)
+    for key in ("divergence", "reference_divergence"):
+        part = getattr(parts, key)
+        if part is not None and part.needs.sampled:
+            estimate = f"{type(part).__name__} is an estimate over the student's own samples"
+            where = f"model.{key}: {estimate}, and the sampler {name} also gives tokens of others"
+            expected = "a divergence of whole distributions or of top-k tokens"
+            yield problem(where, got=_describe(part.needs), expected=expected, hint=f"model.{key}: jsd")
 
 
 def _learning(parts: StepParts, distill_through: DistillThrough) -> Iterator[str]:
@@ -218,7 +236,9 @@ def _schedules(parts: StepParts) -> Iterator[str]:
     for key in _SCHEDULED_PARTS:
         part = getattr(parts, key)
         if part is not None:
-            numbers = (n for n, v in vars(part).items() if isinstance(v, int | float) and not isinstance(v, bool))
+            numbers = [n for n, v in vars(part).items() if isinstance(v, int | float) and not isinstance(v, bool)]
+            if key == "sampler":  # a step hands its sampler the sampling settings, and nothing else of the copy
+                numbers = [n for n in numbers if n in SamplingSettings.__dataclass_fields__]
             known += [f"{key}.{name}" for name in numbers]
     for path in parts.schedules:
         if path not in known:

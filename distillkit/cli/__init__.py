@@ -12,6 +12,7 @@
     environment.py    versions, commit, packages
     listing.py        `distillkit components`; describe_part.py: one part
     shipped.py        `distillkit configs`, and `--config NAME`
+    compare.py        `distillkit compare`
 
 Nothing is imported here.
 """

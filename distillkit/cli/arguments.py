@@ -35,6 +35,7 @@ __all__ = [
     "Argument",
     "Slot",
     "arguments_of",
+    "choice",
     "dump",
     "hint_text",
     "problems",
@@ -116,6 +117,18 @@ def slots(target: Callable[..., Any]) -> dict[str, tuple[Slot, ...]]:
     """Return the parameters that take parts or settings, found by type hint alone; a union may offer several."""
     found = {name: tuple(_slots_of(argument.hint)) for name, argument in arguments_of(target).items()}
     return {name: offered for name, offered in found.items() if offered}
+
+
+def choice(target: Callable[..., Any], name: str) -> type[Any] | None:
+    """Return the base class of what the argument `name` takes, where that class names its ready-made ones.
+
+    Such a class is no slot: it is an argument of one part (what takes traces apart, for a reward), with a table
+    `short_names` of its own.
+    """
+    argument = arguments_of(target).get(name)
+    hint = None if argument is None else argument.hint
+    offered = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return next((cls for cls in offered if isinstance(cls, type) and hasattr(cls, "short_names")), None)
 
 
 def problems(
@@ -229,6 +242,8 @@ def hint_text(hint: Any) -> str:
         kind = next((k for k, base in BASES.items() if base is hint), None)
         if dataclasses.is_dataclass(hint):
             return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
+        if kind is None and (names := getattr(hint, "short_names", None)):
+            return f"{hint.__name__} ({', '.join(names)})"
         return f"a {kind}" if kind else hint.__name__
     return re.sub(r"\b(?:\w+\.)+(\w)", r"\1", str(hint))
 

@@ -128,7 +128,8 @@ class DistillCLI(LightningCLI):
             hint = "trainer.max_steps: the number of rollout steps"
             yield "max_epochs", problem("distillkit counts rollout steps, not epochs", got=epochs, hint=hint)
         ends = [plain(trainer.get(key)) for key in ("max_steps", "max_time", "fast_dev_run")]
-        if self.command == "fit" and ends[0] in (None, -1) and not any(ends[1:]):
+        budget = any("TokenBudget" in str(callback) for callback in _as_list(plain(trainer.get("callbacks"))))
+        if self.command == "fit" and ends[0] in (None, -1) and not any(ends[1:]) and not budget:
             hint = "trainer.max_steps: 100"
             yield "max_steps", problem("how long to train is not said", expected="a number of steps", hint=hint)
 

@@ -23,6 +23,8 @@ usage: distillkit COMMAND [options] [--debug]
   components  list the parts a config can name, or describe one: distillkit components divergence topk
   configs     list the recipes that come with distillkit, print one, or copy it
   rollouts    show the rollouts of a run, tokens coloured by the teacher's opinion: distillkit rollouts RUN
+  compare     compare runs: configs, results over seeds, how sure a difference is: distillkit compare RUN RUN...
+  decompose   take reasoning traces apart into steps, as a training set for a structure reward's decomposer
 
   --version   print the version
   --debug     show the traceback of an error
@@ -132,9 +134,23 @@ def _rollouts(arguments: list[str]) -> int:
     return rollouts(arguments[1:])
 
 
+def _compare(arguments: list[str]) -> int:
+    from distillkit.cli.compare import main as compare
+
+    return compare(arguments[1:])
+
+
+def _decompose(arguments: list[str]) -> int:
+    from distillkit.cli.decompose import main as decompose
+
+    return decompose(arguments[1:])
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **dict.fromkeys(_TRAINING, _train),
     "components": _components,
     "configs": _configs,
     "rollouts": _rollouts,
+    "compare": _compare,
+    "decompose": _decompose,
 }

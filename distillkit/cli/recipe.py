@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillkit.cli.shipped import find_config
+from distillkit.cli.shipped import find_config, run_name
 from distillkit.cli.yaml_file import KeyPath, Raw, dotted, dump_yaml, load_yaml, plain, source_path, typed
 from distillkit.errors import ConfigError, problem
 
@@ -258,4 +258,4 @@ def _config_name(path: Path) -> str:
             return str(json.loads(status.read_text(encoding="utf-8"))["config_name"])
         except (ValueError, KeyError, TypeError):
             return path.parent.name
-    return path.stem
+    return run_name(path)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import distillkit
 from distillkit.errors import ConfigError, did_you_mean, problem
 
-__all__ = ["find_config", "main", "recipe_summary", "recipes", "recipes_folder"]
+__all__ = ["find_config", "main", "recipe_summary", "recipes", "recipes_folder", "run_name"]
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -23,9 +25,21 @@ def recipes_folder() -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Return name -> file of the shipped recipes; one in a sub-folder is called `folder/name`."""
+    """Return name -> file of the shipped recipes, folder by folder; one in a sub-folder is called `folder/name`."""
     folder = recipes_folder()
-    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+    named = {p.relative_to(folder).with_suffix("").as_posix(): p for p in folder.rglob("*.yaml")}
+    return {name: named[name] for name in sorted(named, key=lambda name: (_folder(name), name))}
+
+
+def run_name(path: Path) -> str:
+    """Return what a run of a config is called: the file's name, with its folder's for a recipe in a sub-folder.
+
+    `small/grpo` runs in `runs/small-grpo`, beside the runs of other recipes and not in a folder among them.
+    """
+    here, folder = path.resolve(), recipes_folder().resolve()
+    return "-".join(
+        (here.relative_to(folder) if here.is_relative_to(folder) else Path(here.name)).with_suffix("").parts
+    )
 
 
 def recipe_summary(path: Path) -> str:
@@ -47,21 +61,50 @@ def find_config(text: str) -> Path:
     name = text.removesuffix(".yaml").removeprefix("configs/")
     if name in known and (Path(text).suffix != ".yaml" or text.startswith("configs/")):
         return known[name]
+    folders = {_folder(other) for other in known}
     if path.is_dir():
         where, got = f"--config: {text} is a folder", None
-    elif path.suffix in _SUFFIXES or path.parent != Path("."):
+    elif path.suffix in _SUFFIXES or (path.parent != Path(".") and _folder(name) not in folders):
         where, got = f"--config: no file {text}", str(path.absolute())
     else:
         where, got = f"--config: no file and no recipe {text!r}", repr(text)
-    near = did_you_mean(name, known)
+    near = _nearest(name, known)
     raise ConfigError(
         problem(
             where,
             got=got,
-            expected=f"a YAML file, or one of the recipes {', '.join(known) or '(none)'}",
+            expected=f"a YAML file, or one of the recipes {_listed(name, known)}",
             hint=f"--config {near}" if near else "distillkit configs, which lists the recipes",
         )
     )
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The recipe that was meant: of that name in whatever folder, else of a similar one."""
+    names = list(known)
+    last = {other: other.rpartition("/")[2] for other in names}
+    own = name.rpartition("/")[2]
+    if same := [other for other in names if last[other] == own]:
+        return " or ".join(same[:3])
+    if whole := did_you_mean(name, names):
+        return whole
+    near = difflib.get_close_matches(own, list(last.values()), n=1, cutoff=0.75)
+    return next((other for other in names if last[other] in near), None)
+
+
+def _listed(name: str, known: Iterable[str]) -> str:
+    """The recipes of the folder that `name` stands in, then how many each other folder has."""
+    names = list(known)
+    here = _folder(name) if any(_folder(other) == _folder(name) for other in names) else ""
+    count = Counter(_folder(other) for other in names if _folder(other) != here)
+    others = [
+        f"{folder}/... ({number})" if folder else f"{number} without a folder" for folder, number in count.items()
+    ]
+    return ", ".join([*(other for other in names if _folder(other) == here), *others]) or "(none)"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,38 +112,36 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="distillkit configs", description="List the recipes that come with distillkit, print one, or copy it."
     )
-    parser.add_argument("name", nargs="?", help="a recipe; without it, all of them are listed")
+    parser.add_argument("name", nargs="?", help="a recipe, or a folder of them; without it, all of them are listed")
     parser.add_argument(
         "--copy", nargs="?", const="", metavar="DEST", help="write it to DEST (default: here, under its own name)"
     )
     options = parser.parse_args(list(argv))
     known = recipes()
-    if options.name is None:
+    asked = None if options.name is None else options.name.removesuffix("/")
+    group = known if asked is None else {n: p for n, p in known.items() if n.startswith(f"{asked}/")}
+    if asked is None or (group and asked not in known):
         if options.copy is not None:
-            raise ConfigError(
-                problem("distillkit configs --copy: which recipe?", expected=f"a name: {', '.join(known)}")
-            )
-        width = max((len(name) for name in known), default=0)
-        for name, path in known.items():
-            print(f"{name:<{width}}  {recipe_summary(path)}".rstrip())
+            where = "distillkit configs --copy: which recipe?"
+            raise ConfigError(problem(where, expected=f"a name: {_listed(f'{asked}/', known)}"))
+        _print_list(group)
         return 0
-    if options.name not in known:
-        near = did_you_mean(options.name, known)
+    if asked not in known:
         raise ConfigError(
             problem(
-                f"distillkit configs: no recipe {options.name!r}",
-                got=repr(options.name),
-                expected=", ".join(known) or "(none)",
-                hint=near,
+                f"distillkit configs: no recipe {asked!r}",
+                got=repr(asked),
+                expected=_listed(asked, known),
+                hint=_nearest(asked, known),
             )
         )
-    text = known[options.name].read_text(encoding="utf-8")
+    text = known[asked].read_text(encoding="utf-8")
     if options.copy is None:
         sys.stdout.write(text)
         return 0
     target = Path(options.copy or ".").expanduser()
     if target.is_dir():
-        target = target / known[options.name].name
+        target = target / known[asked].name
     if target.exists():
         raise ConfigError(
             problem(
@@ -113,3 +154,14 @@ def main(argv: Sequence[str]) -> int:
     target.write_text(text, encoding="utf-8")
     print(f"{target}")
     return 0
+
+
+def _print_list(group: Mapping[str, Path]) -> None:
+    """One line per recipe, a blank line between folders."""
+    width = max((len(name) for name in group), default=0)
+    before = None
+    for name, path in group.items():
+        if before not in (None, _folder(name)):
+            print()
+        before = _folder(name)
+        print(f"{name:<{width}}  {recipe_summary(path)}".rstrip())

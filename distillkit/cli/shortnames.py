@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distillkit import registry
-from distillkit.cli.arguments import BASES, Slot, arguments_of, problems, slots, spelled_out, typed_for
+from distillkit.cli.arguments import BASES, Slot, arguments_of, choice, problems, slots, spelled_out, typed_for
 from distillkit.cli.yaml_file import KeyPath, Raw, dotted, plain
 from distillkit.errors import ConfigError, DistillkitError, did_you_mean, problem
 
@@ -77,6 +77,8 @@ class Expansion:
             at = (*path, name)
             if offered:
                 call[name] = self._expanded(offered, value, at)
+            elif (base := choice(target, name)) is not None:
+                call[name] = self._chosen(base, value, at)
             else:
                 settled = typed_for(target, name, value) if isinstance(value, Raw) else _class_form(plain(value))
                 call[name] = spelled_out(target, name, settled)
@@ -116,6 +118,32 @@ class Expansion:
             class_path, target = _FUNCTION_REWARD, registry.import_object(_FUNCTION_REWARD)
         call = {"class_path": class_path, "init_args": self.arguments(target, args, at)}
         return call | ({"dict_kwargs": spec["dict_kwargs"]} if "dict_kwargs" in spec else {})
+
+    def _chosen(self, base: type[Any], spec: Any, path: KeyPath) -> Any:
+        """Return the canonical form of an argument whose class has short names of its own; None stays None."""
+        spec = plain(spec) if isinstance(spec, Raw) else spec
+        if spec is None:
+            return None
+        if isinstance(spec, str):
+            spec = {"class_path" if "." in spec else "name": spec}
+        names: Mapping[str, str] = base.short_names
+        known = f"{', '.join(names)}, or the class path of a {base.__name__}"
+        if not isinstance(spec, Mapping) or ("name" in spec) == ("class_path" in spec):
+            return self.report(path, f"which {base.__name__}?", got=repr(spec), expected=f"name: {known}")
+        name = str(spec.get("name", spec.get("class_path")))
+        if "name" in spec and name not in names:
+            near = did_you_mean(name, names)
+            return self.report(path, f"no {base.__name__} {name!r}", got=repr(name), expected=known, hint=near)
+        class_path = names[name] if "name" in spec else name
+        try:
+            target = registry.import_object(class_path)
+        except Exception as error:  # importing someone's module may raise anything
+            got = f"{type(error).__name__}: {error}"
+            return self.report(path, f"cannot import {class_path}", got=got, expected=known)
+        if not isinstance(target, type) or not issubclass(target, base) or inspect.isabstract(target):
+            return self.report(path, f"{class_path} is not a {base.__name__}", got=name, expected=known)
+        at = (*path, "init_args") if "init_args" in spec else path
+        return {"class_path": class_path, "init_args": self.arguments(target, self._own_arguments(spec, path), at)}
 
     def _target(self, kind: str, spec: Mapping[str, Any], path: KeyPath) -> tuple[Callable[..., Any] | None, str]:
         """Import what `spec` names and check that it fits the slot."""

@@ -48,7 +48,7 @@ def evaluate_batch(
 
     Args:
         batch: problems of one evaluation set.
-        sampler: draws the completions, with the set's own settings.
+        sampler: draws the completions, with the set's own settings; its `evaluator` does.
         rewards: judge them; with none, nothing is known to be correct.
         student_info: for the padding id.
         seed: of the run.
@@ -79,7 +79,7 @@ def evaluate_batch(
         )
         for prompt in batch.prompts
     ]
-    groups = _in_order(requests, list(sampler.sample(requests)))
+    groups = _in_order(requests, list(sampler.evaluator.sample(requests)))
     rollouts = RolloutBatch.from_groups(groups, pad_id=student_info.pad_token_id)
     judged = RewardOutput.merge([reward(rollouts) for reward in rewards]) if rewards else None
     completions = _completions(rollouts, judged)

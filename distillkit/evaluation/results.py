@@ -21,7 +21,7 @@ Schema, version 1. A line is one problem at one step; `null` is "not known".
 | `length` | int | tokens, the end token included |
 | `format_ok` | bool or null | see `FormatRate` |
 | `rewards` | {name: number or null} | value of each reward |
-| `status` | {name: str} | how each value came about: scored, unparseable, not_applicable, timed_out, crashed |
+| `status` | {name: str} | how each came about: scored, unparseable, not_applicable, timed_out, crashed, undecided |
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@
     screen.py      the step as one sentence, decoded rollouts, the last line
     progress.py    `StepProgress`, the progress bar
     viewer.py      `distillkit rollouts RUN`
+    compare.py     `compare_runs`: seeds grouped, results, intervals; read by compared_runs.py, shown by
+                   compare_report.py and compare_plot.py (`distillkit compare RUN...`)
     run_folder.py  the folder itself: what lies where, its status and its lock
     run_report.py  `RunReport`, the Lightning callback around all of these
 

@@ -26,6 +26,12 @@ class SampledOnly(LocalTeacher):
 
 QUICKSTART = ["fit", "--config", "quickstart", "--trainer.max_steps", "1"]
 
+EXTRAPOLATED = {
+    "name": "extrapolated",
+    "teacher": {"name": "local", "path": "embedded:teacher"},
+    "base": {"name": "local", "path": "embedded:student"},
+}
+
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +91,29 @@ ConfigError: model.divergence: ReverseKL needs what the teacher CachedTeacher do
     got:      sampled log-probs, top-2147483648 log-probs, entropies
     expected: whole distributions
     try:      model.teacher: {name: local, path: ...} gives everything
+""",
+    ),
+    "whole distributions of an extrapolated teacher": (
+        ["--model.teacher", json.dumps(EXTRAPOLATED), "--model.divergence", "reverse_kl"],
+        """\
+ConfigError: model.divergence: ReverseKL needs what the teacher ExtrapolatedTeacher does not give
+    got:      sampled log-probs
+    expected: whole distributions
+    try:      model.teacher: {name: local, path: ...} gives everything
+""",
+    ),
+    "estimates and a policy gradient on given completions": (
+        ["--model.sampler", json.dumps({"name": "mixed", "sampler": {"name": "hf", "group_size": 1}})],
+        """\
+ConfigError: model.objective: the sampler MixedSampler also gives tokens of others, which have no policy gradient
+    got:      GRPO
+    expected: null
+    try:      model.objective: null, or model.sampler: hf
+model.divergence: K2 is an estimate over the student's own samples, and the sampler MixedSampler also gives tokens of \
+others
+    got:      sampled log-probs
+    expected: a divergence of whole distributions or of top-k tokens
+    try:      model.divergence: jsd
 """,
     ),
     "top-k of a teacher without top-k": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from distillkit.cli import main as command
 from tests.cli.stand_ins import CLI
 
-DIVERGENCES = "forward_kl, jsd, k1, k2, k3, reverse_kl, topk"
+DIVERGENCES = "forward_kl, jsd, k1, k2, k3, power, reverse_kl, skew_forward_kl, skew_reverse_kl, todi, topk"
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ ONE_PROBLEM = [
         "model:\n  student: x\n  rewards:\n    - answer\n    - k2\n",
         "recipe.yaml, line 5, model.rewards[1]: 'k2' is a divergence, not a reward\n"
         "    got:      'k2'\n"
-        "    expected: answer, format, knights_and_knaves, length, math_verify\n",
+        "    expected: answer, format, gsrm, knights_and_knaves, length, math_verify\n",
     ),
     (
         "model:\n  student: x\n  divergence: distillkit.betas.constant.Constant\n",
@@ -79,7 +80,7 @@ ONE_PROBLEM = [
         "model:\n  student: x\n  teacher:\n    name: cached\n    dir: d\n    teacher: locl\n",
         "recipe.yaml, line 6, model.teacher.teacher: unknown teacher 'locl'\n"
         "    got:      'locl'\n"
-        "    expected: cached, local\n"
+        "    expected: cached, extrapolated, local\n"
         "    try:      local\n",
     ),
     (
@@ -98,21 +99,22 @@ ONE_PROBLEM = [
         "model:\n  student: x\n  beta: true\n",
         "recipe.yaml, line 3, model.beta: not a beta\n"
         "    got:      True, a bool\n"
-        "    expected: a number, a name, or a mapping with the name of one: constant, cosine, linear\n",
+        "    expected: a number, a name, or a mapping with the name of one: adaptive_kl, constant, cosine, linear, "
+        "reward_progress, switch\n",
     ),
     (
         "model:\n  student: x\n  beta:\n    name: linear\n    start: 1\n    end: fast\n    steps: 3\n",
         "recipe.yaml, line 6, model.beta.end: not what Linear takes\n    got:      'fast'\n    expected: float\n",
     ),
     (
-        "model:\n  student: x\n  beta: {name: linear, start: 1, end: 2}\n",
-        "recipe.yaml, line 3, model.beta: Linear misses the argument 'steps'\n    expected: steps: int\n",
+        "model:\n  student: x\n  beta: {name: cosine, start: 1, end: 2}\n",
+        "recipe.yaml, line 3, model.beta: Cosine misses the argument 'steps'\n    expected: steps: int\n",
     ),
     (
         "model:\n  student: x\n  beta:\n    name: linear\n    start: 1\n    end: 2\n    steps: 3\n    stop: 4\n",
         "recipe.yaml, line 8, model.beta.stop: Linear has no argument 'stop'\n"
         "    got:      stop\n"
-        "    expected: start, end, steps\n"
+        "    expected: start, end, steps, delta\n"
         "    try:      steps\n",
     ),
     (
@@ -334,7 +336,7 @@ ARGV = [
         ["--model.sampler.group_size", "4"],
         "command line, model.sampler: which sampler? neither name nor class_path is given\n"
         "    got:      group_size\n"
-        "    expected: name: one of hf, replay\n",
+        "    expected: name: one of hf, mixed, replay\n",
     ),
     (
         ["--config", "nowhere.yaml"],
@@ -358,7 +360,10 @@ def test_the_command_line(
 ) -> None:
     from distillkit.cli.shipped import recipes
 
-    filled = text.replace("{here}", str(Path.cwd())).replace("{recipes}", ", ".join(recipes()))
+    own = [name for name in recipes() if "/" not in name]
+    folders = Counter(name.rpartition("/")[0] for name in recipes() if "/" in name)
+    listed = ", ".join([*own, *(f"{folder}/... ({count})" for folder, count in folders.items())])
+    filled = text.replace("{here}", str(Path.cwd())).replace("{recipes}", listed)
     more = [] if argv[0].endswith("yaml") else ["--model.student=x", "--trainer.max_steps=1"]
     assert printed(capsys, "fit", *argv, *more) == f"ConfigError: {filled}"
 

@@ -59,7 +59,7 @@ def test_an_unknown_command_is_told_what_there_is(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == (
         "ConfigError: distillkit: no command 'fti'\n"
         "    got:      fti\n"
-        "    expected: fit, validate, test, predict, components, configs, rollouts\n"
+        "    expected: fit, validate, test, predict, components, configs, rollouts, compare, decompose\n"
         "    try:      fit\n"
     )
 
@@ -147,7 +147,7 @@ def test_print_config_prints_the_canonical_config_of_the_real_module(tmp_path: P
 @pytest.mark.parametrize(
     ("argv", "first"),
     [
-        (["--model.divergence.help"], "KIND        NAME        FROM        CLASS"),
+        (["--model.divergence.help"], "KIND        NAME             FROM        CLASS"),
         (["--model.rewards.help"], "KIND    NAME                FROM        CLASS"),
         (["--model.beta.help", "linear"], "linear — "),
         (["--model.beta.help=linear"], "linear — "),

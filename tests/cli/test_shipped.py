@@ -19,9 +19,10 @@ from distillkit.training.on_policy import OnPolicyDistillation
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "package" / "configs"
-    (folder / "papers").mkdir(parents=True)
+    (folder / "papers" / "more").mkdir(parents=True)
     (folder / "quick.yaml").write_text("# Two minutes on a laptop.\n# More.\nmodel: {}\n")
     (folder / "papers" / "kdrl.yaml").write_text("model: {}\n")
+    (folder / "papers" / "more" / "top_k.yaml").write_text("# Deep.\nmodel: {}\n")
     (folder / "README.md").write_text("not a recipe")
     monkeypatch.setattr(shipped, "recipes_folder", lambda: folder)
     return folder
@@ -29,7 +30,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_recipes_are_listed_with_their_first_comment(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs"]) == 0
-    assert capsys.readouterr().out == "papers/kdrl\nquick        Two minutes on a laptop.\n"
+    assert capsys.readouterr().out == (
+        "quick              Two minutes on a laptop.\n\npapers/kdrl\n\npapers/more/top_k  Deep.\n"
+    )
+
+
+@pytest.mark.parametrize("asked", ["papers/more", "papers/more/"])
+def test_a_folder_of_recipes_is_listed(folder: Path, capsys: pytest.CaptureFixture[str], asked: str) -> None:
+    assert main(["configs", asked]) == 0
+    assert capsys.readouterr().out == "papers/more/top_k  Deep.\n"
+    assert main(["configs", asked, "--copy"]) == 2
+    assert capsys.readouterr().err == (
+        "ConfigError: distillkit configs --copy: which recipe?\n"
+        "    expected: a name: papers/more/top_k, 1 without a folder, papers/... (1)\n"
+    )
 
 
 def test_a_recipe_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,18 +71,49 @@ def test_a_recipe_is_copied_once(
     assert Path(written).read_text() == "mine"
 
 
-def test_an_unknown_recipe_is_told_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["configs", "quik"]) == 2
+UNKNOWN = {
+    "quik": ("quick, papers/... (1), papers/more/... (1)", "quick"),
+    "papers/kdlr": ("papers/kdrl, 1 without a folder, papers/more/... (1)", "papers/kdrl"),
+    "kdrl": ("quick, papers/... (1), papers/more/... (1)", "papers/kdrl"),
+    "papers/more/quick": ("papers/more/top_k, 1 without a folder, papers/... (1)", "quick"),
+    "topk": ("quick, papers/... (1), papers/more/... (1)", "papers/more/top_k"),
+}
+
+
+@pytest.mark.parametrize("asked", UNKNOWN)
+def test_an_unknown_recipe_is_told_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str], asked: str) -> None:
+    listed, near = UNKNOWN[asked]
+    assert main(["configs", asked]) == 2
+    said = f"    got:      {asked!r}\n    expected: {{}}{listed}\n    try:      {{}}{near}\n"
+    assert capsys.readouterr().err == f"ConfigError: distillkit configs: no recipe {asked!r}\n" + said.format("", "")
+    assert main(["fit", "--config", asked]) == 2
     assert capsys.readouterr().err == (
-        "ConfigError: distillkit configs: no recipe 'quik'\n"
-        "    got:      'quik'\n"
-        "    expected: papers/kdrl, quick\n"
-        "    try:      quick\n"
+        f"ConfigError: --config: no file and no recipe {asked!r}\n"
+        + said.format("a YAML file, or one of the recipes ", "--config ")
     )
+
+
+def test_copy_needs_a_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs", "--copy"]) == 2
     assert capsys.readouterr().err == (
-        "ConfigError: distillkit configs --copy: which recipe?\n    expected: a name: papers/kdrl, quick\n"
+        "ConfigError: distillkit configs --copy: which recipe?\n"
+        "    expected: a name: quick, papers/... (1), papers/more/... (1)\n"
     )
+
+
+def test_a_recipe_of_a_folder_is_copied_under_its_own_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", "papers/more/top_k", "--copy"]) == 0
+    assert capsys.readouterr().out == "top_k.yaml\n"
+    assert Path("top_k.yaml").read_text() == (folder / "papers" / "more" / "top_k.yaml").read_text()
+
+
+def test_a_run_is_called_after_its_recipe_and_folder(folder: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/own.yaml").write_text("model: {}\n")
+    names = {text: shipped.run_name(shipped.find_config(text)) for text in ("quick", "papers/kdrl", "mine/own.yaml")}
+    assert names == {"quick": "quick", "papers/kdrl": "papers-kdrl", "mine/own.yaml": "own"}
+    assert shipped.run_name(folder / "papers" / "more" / "top_k.yaml") == "papers-more-top_k"
+    assert shipped.run_name(folder / "papers" / ".." / "quick.yaml") == "quick"
 
 
 def test_a_config_is_a_file_or_a_recipe(folder: Path) -> None:
@@ -81,6 +126,8 @@ def test_a_config_is_a_file_or_a_recipe(folder: Path) -> None:
         shipped.find_config("quack")
     with pytest.raises(ConfigError, match=r"no file quick\.yaml"):
         shipped.find_config("quick.yaml")
+    with pytest.raises(ConfigError, match=r"no file elsewhere/quick\n"):
+        shipped.find_config("elsewhere/quick")
 
 
 def test_recipes_are_found_in_the_package_or_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
