@@ -15,6 +15,7 @@ import yaml
 from nbclient import NotebookClient
 
 from distillkit.cli.main import main
+from distillkit.cli.shipped import recipes
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +56,9 @@ def test_the_readmes_commands_run(command: str, tmp_path: Path) -> None:
         short[1] = "3"
     if words[0] == "rollouts":
         _distillkit(tmp_path, ["fit", "--config", "quickstart", *short])
+    if words[0] == "compare":
+        for run in (word for word in words if word.startswith("runs/")):
+            _distillkit(tmp_path, ["fit", "--config", "quickstart", "--run_dir", run, *short])
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
     _distillkit(tmp_path, [*words, *(short if words[0] == "fit" else [])])
 
@@ -96,7 +100,7 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
             assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_says_what_it_is_and_how_to_run_it(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "configs" / f"{recipe}.yaml").read_text()
     header = text.split("\n\n")[0].split("seed_everything")[0]

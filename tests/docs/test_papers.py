@@ -1,0 +1,128 @@
+"""The recipes of the papers: each builds through the real command line, with the numbers that are published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillkit.cli.lightning import DistillCLI
+from distillkit.cli.shipped import recipes
+from distillkit.data import PromptData
+from distillkit.divergences.sampled import K2, K3
+from distillkit.maskers.group_level import GroupLevel
+from distillkit.maskers.response_level import ResponseLevel
+from distillkit.objectives.trrd import TRRD
+from distillkit.teachers.local import LocalTeacher
+from distillkit.training.base import StudentModule
+from distillkit.training.on_policy import OnPolicyDistillation
+
+PAPERS = [name for name in recipes() if name.startswith("papers/")]
+
+
+class Constructed(DistillCLI):
+    """The command line up to the module and the data: constructors read no file and load no model."""
+
+    built: list[DistillCLI]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        self.built.append(self)
+        raise StopIteration
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def construct(recipe: str) -> DistillCLI:
+        monkeypatch.setattr(Constructed, "built", [], raising=False)
+        with pytest.raises(StopIteration):
+            Constructed(["fit", "--config", recipe], model_class=OnPolicyDistillation, data_class=PromptData)
+        return Constructed.built[0]
+
+    return construct
+
+
+@pytest.mark.parametrize("recipe", PAPERS)
+def test_a_papers_recipe_says_what_it_is_and_its_parts_work_together(recipe: str, build: Any) -> None:
+    header = recipes()[recipe].read_text().split("seed_everything")[0]
+    for said in ("https://arxiv.org/abs/", "UNVERIFIED", "Memory: ", f"#   distillkit fit --config {recipe}\n"):
+        assert said in header, said
+    cli = build(recipe)
+    assert isinstance(cli.model, StudentModule)
+    assert cli.model.student.count("/") == 1, "a hub name"
+    assert cli.recipe.name == recipe.replace("/", "-")
+
+
+def test_every_baseline_and_variant_of_the_papers_is_there() -> None:
+    assert [name.removeprefix("papers/") for name in PAPERS] == [
+        "kdrl/grpo",
+        "kdrl/kd_rkl",
+        "kdrl/kdrl",
+        "kdrl/kdrl_annealing",
+        "kdrl/kdrl_group_mask",
+        "kdrl/kdrl_k3",
+        "kdrl/kdrl_response_mask",
+        "kdrl/kdrl_topk",
+        "kdrl/reward_shaping",
+        "kdrl/zero_rl",
+        "rlad/logic_0_6b",
+        "rlad/logic_1_7b",
+        "rlad/math_1_7b_base",
+        "rlad/math_8b_base",
+        "rlkd/gsrm",
+        "rlkd/rlkd",
+        "rlkd/rlkd_zero",
+    ]
+
+
+KDRL = {
+    "kdrl": (K2, None, [2e-3] * 5),
+    "kdrl_annealing": (K2, None, [5e-3, 4.95e-3, 1.05e-3, 1e-3, 1e-3]),
+    "kdrl_response_mask": (K2, ResponseLevel, [2e-3] * 5),
+    "kdrl_group_mask": (K2, GroupLevel, [2e-3] * 5),
+    "kdrl_k3": (K3, None, [2e-3] * 5),
+}
+
+
+@pytest.mark.parametrize("name", KDRL)
+def test_kdrl_has_the_published_numbers(name: str, build: Any) -> None:
+    divergence, masker, betas = KDRL[name]
+    module = build(f"papers/kdrl/{name}").model
+    parts = module.parts
+    assert module.student == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    assert isinstance(parts.teacher, LocalTeacher) and parts.teacher.path == "Skywork/Skywork-OR1-Math-7B"
+    assert isinstance(parts.divergence, divergence)
+    assert parts.masker is None if masker is None else isinstance(parts.masker, masker)
+    assert [parts.beta.value(step, {}) for step in (0, 1, 79, 80, 81)] == pytest.approx(betas)
+    assert module.settings.distill_through == "loss" and parts.reference is None
+
+
+@pytest.mark.parametrize("name", ["logic_0_6b", "logic_1_7b", "math_1_7b_base", "math_8b_base"])
+def test_rlad_has_the_published_numbers(name: str, build: Any) -> None:
+    cli = build(f"papers/rlad/{name}")
+    objective = cli.model.parts.objective
+    assert isinstance(objective, TRRD)
+    assert (objective.alpha, objective.clamp, objective.clip_low, objective.clip_high) == (0.5, 1.0, 0.2, 0.28)
+    assert (objective.aggregation, objective.correction, objective.eps) == ("sequence", 0, 0.0)
+    assert cli.model.parts.divergence is None and cli.model.sampler.group_size == 8
+    assert cli.canonical["model"]["optimizer"]["init_args"]["lr"] == 1e-6
+
+
+@pytest.mark.parametrize("name", ["rlkd", "rlkd_zero"])
+def test_rlkd_has_the_numbers_of_the_released_code(name: str, build: Any) -> None:
+    cli = build(f"papers/rlkd/{name}")
+    parts, settings = cli.model.parts, cli.model.settings
+    assert [reward.weight for reward in parts.rewards] == [15.0, 10.0, 15.0]
+    assert parts.rewards[2].normalize == "none" and parts.rewards[2].coverage_weight == 0.0
+    assert (parts.sampler.group_size, parts.sampler.temperature, parts.sampler.max_new_tokens) == (4, 0.7, 4096)
+    assert isinstance(parts.reference_divergence, K3) and parts.reference_beta.value(0, {}) == 0.04
+    assert (settings.max_grad_norm, parts.objective.eps, settings.distil_temperature) == (0.2, 1e-4, 0.7)
+    form = parts.rewards[1]
+    assert [form.matches(t) for t in ("<think>a</think> 4", "a</think>\n4", "a", "a</think>b</think>c")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
