@@ -12,7 +12,7 @@ import distillkit
 PACKAGE = Path(distillkit.__file__).parent
 
 TIERS = [
-    {"errors", "types"},
+    {"errors", "types", "decomposition"},
     {"functional"},
     {"components", "registry", "embedded"},
     {"models"},

@@ -10,6 +10,7 @@ import pytest
 
 from distillkit import registry
 from distillkit.components import Component
+from distillkit.rewards.gsrm.local import LocalDecomposer
 from distillkit.testing import (
     char_tokenizer,
     check,
@@ -21,10 +22,14 @@ from distillkit.testing import (
     sample_requests,
     tiny_model,
 )
+from tests.rewards.gsrm import markov
 
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "divergence k2": [{}, {"bound": 5.0}],
     "divergence jsd": [{"teacher_weight": w} for w in (0.1, 0.5, 0.9)],
+    "divergence skew_forward_kl": [{"weight": w} for w in (0.0, 0.1, 0.9)],
+    "divergence skew_reverse_kl": [{"weight": w} for w in (0.0, 0.1, 0.9)],
+    "divergence power": [{"exponent": e} for e in (-2.0, -1.0, -0.5, 0.0, 2 / 3, 3.0)],
     "divergence topk": [
         {"k": k, "direction": d, "tail": t, "chosen_by": c}
         for k in (1, 64)
@@ -33,15 +38,29 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         for c in ("teacher", "student")
     ],
     "beta constant": [{"value": 0.02}],
-    "beta linear": [{"start": 5e-3, "end": 1e-3, "steps": 80}],
+    "beta linear": [{"start": 5e-3, "end": 1e-3, "steps": 80}, {"start": 5e-3, "end": 1e-3, "delta": 5e-5}],
     "beta cosine": [{"start": 1.0, "end": 0.0, "steps": 10}],
+    "beta switch": [{"before": 1.0, "after": 0.0, "at": 60}],
+    "beta adaptive_kl": [
+        {"start": 0.1, "target": 0.5},
+        {"start": 0.1, "target": 0.5, "min": 0.099, "max": 0.101, "gain": 0.5, "signal": "train/reverse_kl_to_old"},
+    ],
+    "beta reward_progress": [
+        {"start": 1.0, "end": 0.1, "high": 0.9},
+        {"start": 1.0, "end": 0.1, "high": 0.6, "low": 0.1, "decay": 0.5, "signal": "train/divergence"},
+        {"start": 1.0, "end": 0.1, "high": 1.0, "monotone": False, "decay": 0.5, "signal": "train/divergence"},
+    ],
     "masker response_level": [{"unknown": "drop"}, {"unknown": "keep"}],
     "masker group_level": [{"unknown": "drop"}, {"unknown": "keep"}],
+    "masker routed": [{"unknown": "drop"}, {"unknown": "keep"}],
     "objective grpo": [
         {},
         {"std": False, "aggregation": "constant", "constant_length": 100},
         {"dual_clip": 3.0, "clip_high": 0.28, "correction": 0, "aggregation": "sequence"},
     ],
+    "objective gspo": [{}, {"clip_low": 0.2, "clip_high": 0.2}, {"aggregation": "token", "std": False}],
+    "objective cispo": [{}, {"clip_low": 0.2, "clip_high": 0.1, "aggregation": "sequence"}],
+    "objective rlsd": [{}, {"mix": 0.0}, {"mix": 1.0, "bound": 0.9}, {"dual_clip": 3.0}],
     "objective trrd": [
         {},
         {"alpha": 0.0},
@@ -85,6 +104,16 @@ def test_built_in_rewards_with_rows_of_their_own() -> None:
     entry = registry.find("reward", "knights_and_knaves")
     part = build(entry, {})
     check_reward(part, rollouts=rollout_batch(groups, rows=[people], max_new_tokens=80))  # type: ignore[arg-type]
+
+
+def test_structure_reward_with_a_local_decomposer(tmp_path: Path) -> None:
+    step = "Step 1\nMeta-reasoning: m\nSub-problem: q\nAnswer: {0}\nFinal answer: {0}"
+    replies = {"a": step.format(1), "b": step.format(2), "?": "It has no steps."}
+    decomposer = LocalDecomposer(path=markov.decomposer(tmp_path, replies), max_new_tokens=4)
+    groups = {"p1": ["xa", "ya", "xb", "?"], "p2": ["b", "a", "?", ""]}
+    rows = [{"teacher_trace": "ta"}, {"teacher_trace": "tb"}]
+    part = build(registry.find("reward", "gsrm"), {"decomposer": decomposer, "coverage_weight": 0.5})
+    check_reward(part, rollouts=rollout_batch(groups, rows=rows))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

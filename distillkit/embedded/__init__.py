@@ -3,32 +3,39 @@
     arithmetic.py    step-by-step arithmetic modulo 10: problems, reference chains, legal steps, check of a chain
     tokenizer.py     the character tokenizer of both models
     teacher/         Qwen3, 0.80 M parameters, solves the task          `embedded:teacher`
-    student/         Qwen3, 0.32 M parameters, learned from hasty writers `embedded:student`
-    hasty.py         the corpus of those writers
+    student/         Qwen3, 0.42 M parameters, learned from careless writers `embedded:student`
+    careless.py      the corpus of those writers
+    decomposer/      Qwen3, takes a chain apart into its reasoning steps `embedded:decomposer`
+    decompositions.py, corruptions.py, decomposer_tokenizer.py    what it learned, by rule, and how it reads and writes
 
-`configs/embedded_teacher.yaml` and `configs/embedded_student.yaml` make the models again.
+`configs/embedded_teacher.yaml`, `configs/embedded_student.yaml` and `configs/embedded_decomposer.yaml` make the models
+again.
 
-Datasets: `embedded:arithmetic/train`, `embedded:arithmetic/hasty` (the student's corpus),
-`embedded:arithmetic/validation` (300, to choose settings on) and `embedded:arithmetic/held_out` (500). Rows have
-`prompt`, `answer`, `chain` (a reference trace) and `operands`.
+Datasets: `embedded:arithmetic/train`, `embedded:arithmetic/careless` (the student's corpus),
+`embedded:arithmetic/validation` (300, to choose settings on) and `embedded:arithmetic/held_out` (500) have rows with
+`prompt`, `answer`, `chain` (a reference trace) and `operands`. `embedded:arithmetic/decompositions` (the decomposer's
+corpus) has `prompt` (messages), `completion`, `problem`, `trace` and `kind`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distillkit.embedded.arithmetic import Row, generate, held_out, validation
-from distillkit.embedded.hasty import hasty_rows
+from distillkit.embedded.careless import careless_rows
+from distillkit.embedded.decompositions import DecompositionRow, decomposition_rows
 from distillkit.errors import ConfigError, did_you_mean, problem
 
-__all__ = ["DATASETS", "MODELS", "TRAIN_ROWS", "is_embedded", "resolve", "rows"]
+__all__ = ["DATASETS", "DECOMPOSITION_ROWS", "MODELS", "TRAIN_ROWS", "is_embedded", "resolve", "rows"]
 
 PREFIX = "embedded:"
 TRAIN_ROWS = 40_960
+DECOMPOSITION_ROWS = 102_400
 _HERE = Path(__file__).parent
 
-MODELS: dict[str, Path] = {"embedded:teacher": _HERE / "teacher", "embedded:student": _HERE / "student"}
+MODELS: dict[str, Path] = {f"{PREFIX}{name}": _HERE / name for name in ("teacher", "student", "decomposer")}
 """Name of each embedded model -> its folder."""
 
 
@@ -36,13 +43,18 @@ def _train() -> list[Row]:
     return generate("train", TRAIN_ROWS, distinct=False)
 
 
-def _hasty() -> list[Row]:
-    return hasty_rows(TRAIN_ROWS)
+def _careless() -> list[Row]:
+    return careless_rows(TRAIN_ROWS)
 
 
-DATASETS: dict[str, Callable[[], list[Row]]] = {
+def _decompositions() -> list[DecompositionRow]:
+    return decomposition_rows(DECOMPOSITION_ROWS)
+
+
+DATASETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
     "embedded:arithmetic/train": _train,
-    "embedded:arithmetic/hasty": _hasty,
+    "embedded:arithmetic/careless": _careless,
+    "embedded:arithmetic/decompositions": _decompositions,
     "embedded:arithmetic/validation": validation,
     "embedded:arithmetic/held_out": held_out,
 }
@@ -78,7 +90,7 @@ def resolve(path_or_name: str | Path) -> str | Path:
     return MODELS[path_or_name]
 
 
-def rows(name: str) -> list[Row]:
+def rows(name: str) -> Sequence[Mapping[str, Any]]:
     """Return the rows of an embedded dataset, the same at every call.
 
     Raises:

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from distillkit.embedded import DATASETS, MODELS, resolve, rows
+from distillkit.embedded import DATASETS, MODELS, TRAIN_ROWS, resolve, rows
 from distillkit.embedded.arithmetic import (
     HELD_OUT_COUNTS,
     VALIDATION_COUNTS,
@@ -169,7 +169,12 @@ def test_problems_that_no_split_has_are_refused(call: tuple[str, dict[int, float
 def test_names_lead_to_folders_and_rows() -> None:
     assert all((resolve(name) == folder) for name, folder in MODELS.items())
     assert resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
-    assert {name: len(rows(name)) for name in DATASETS}["embedded:arithmetic/held_out"] == 500
+    assert {name: len(rows(name)) for name in DATASETS if "decompositions" not in name} == {
+        "embedded:arithmetic/train": TRAIN_ROWS,
+        "embedded:arithmetic/careless": TRAIN_ROWS,
+        "embedded:arithmetic/validation": 300,
+        "embedded:arithmetic/held_out": 500,
+    }
     with pytest.raises(ConfigError, match="embedded:teacher"):
         resolve("embedded:teacherr")
     with pytest.raises(ConfigError, match="embedded:arithmetic/held_out"):

@@ -14,7 +14,7 @@ from distillkit.embedded.tokenizer import build_tokenizer
 ALPHABET = string.printable[:95] + "\n"
 
 
-@pytest.fixture(scope="module", params=["built", *MODELS])
+@pytest.fixture(scope="module", params=["built", "embedded:teacher", "embedded:student"])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return build_tokenizer() if request.param == "built" else AutoTokenizer.from_pretrained(MODELS[request.param])
 
