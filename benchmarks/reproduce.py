@@ -2,6 +2,7 @@
 
     python benchmarks/reproduce.py tune     # four trials a method, half the budget, chosen on the validation set
     python benchmarks/reproduce.py run      # the chosen setting of every method, three seeds, the whole budget
+    python benchmarks/reproduce.py time     # seconds per step, one run at a time on an otherwise idle machine
     python benchmarks/reproduce.py report   # docs/reproduction.md and its plots, from the results alone
 
 Each run is `distillkit fit --config small/…` in a process of its own; it appends one JSON line to
@@ -16,6 +17,7 @@ import csv
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -34,6 +36,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reproduction.jsonl"
 BUDGET = 160_000
 """Completion tokens of a reported run; a trial has half."""
+TIMED_STEPS, WARM_UP = 14, 4
+"""Steps of a timing run, and those at its start that do not count."""
 
 _VALIDATION, _HELD_OUT = "val/validation/pass@1", "val/held_out/pass@1"
 _lock = threading.Lock()
@@ -93,6 +97,7 @@ def execute(job: Job, folder: Path, threads: int) -> dict[str, Any]:
             "seed_everything": job.seed,
             "run_dir": target,
             "trainer.callbacks.init_args.completion_tokens": int(budget * stage.share),
+            **stage.settings,
             **(job.trial if last else {}),
         }
         if student != "embedded:student":
@@ -114,6 +119,24 @@ def execute(job: Job, folder: Path, threads: int) -> dict[str, Any]:
         "steps": steps, "validation": curve[-1][2], "area": area, "curve": curve, "seconds": seconds,
     }  # fmt: skip
     return {**line, **(measure(Path(student)) if job.phase == "run" else {})}
+
+
+def execute_timing(job: Job, folder: Path, threads: int) -> dict[str, Any]:
+    """Run a few steps of a job's last stage from the embedded student, and return the median of their seconds."""
+    target = folder / job.name
+    shutil.rmtree(target, ignore_errors=True)
+    settings = {
+        "seed_everything": job.seed,
+        "run_dir": target,
+        "trainer.max_steps": TIMED_STEPS,
+        "trainer.limit_val_batches": 0,
+        **job.trial,
+    }
+    words = [word for path, value in settings.items() for word in (f"--{path}", str(value))]
+    _fit(["fit", "--config", METHODS[job.method].stages[-1].recipe, *words], target, threads)
+    timed = [float(row["time/step"]) for _, row in _metrics(target) if row.get("time/step")]
+    seconds = statistics.median(timed[WARM_UP:])
+    return {"phase": job.phase, "method": job.method, "seed": job.seed, "trial": dict(job.trial), "seconds": seconds}
 
 
 def _fit(words: list[str], target: Path, threads: int) -> None:
@@ -152,7 +175,7 @@ def run_all(jobs: list[Job], folder: Path, workers: int) -> None:
     def one(job: Job) -> None:
         nonlocal finished
         try:
-            line = execute(job, folder, threads)
+            line = (execute_timing if job.phase == "time" else execute)(job, folder, threads)
         except Exception as error:
             with _lock:
                 failed.append(f"{job.name}: {error}")
@@ -165,7 +188,7 @@ def run_all(jobs: list[Job], folder: Path, workers: int) -> None:
             finished += 1
             left = (time.monotonic() - started) / finished * (len(todo) - finished)
             print(
-                f"[{finished}/{len(todo)}] {job.name}: validation {line['validation']:.3f}, {left / 60:.0f} min left",
+                f"[{finished}/{len(todo)}] {job.name}: {_headline(line)}, {left / 60:.0f} min left",
                 flush=True,
             )
 
@@ -173,6 +196,10 @@ def run_all(jobs: list[Job], folder: Path, workers: int) -> None:
         list(pool.map(one, todo))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed")
+
+
+def _headline(line: Mapping[str, Any]) -> str:
+    return f"{line['seconds']:.3f} s/step" if line["phase"] == "time" else f"validation {line['validation']:.3f}"
 
 
 def tuning_jobs(methods: list[str]) -> Iterator[Job]:
@@ -192,7 +219,7 @@ def reported_jobs(methods: list[str]) -> Iterator[Job]:
 def main() -> None:
     """Run a phase."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=["tune", "run", "report"])
+    parser.add_argument("phase", choices=["tune", "run", "time", "report"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, the cores are shared among them")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "reproduction", help="where the runs go")
@@ -200,7 +227,9 @@ def main() -> None:
     if given.phase == "tune":
         run_all(list(tuning_jobs(given.methods)), given.folder, given.jobs)
     elif given.phase == "run":
-        run_all(list(reported_jobs(given.methods)), given.folder, given.jobs)
+        run_all(list(reported_jobs("run", given.methods)), given.folder, given.jobs)
+    elif given.phase == "time":
+        run_all(list(reported_jobs("time", given.methods)), given.folder, workers=1)
     else:
         from reproduction.report import write_report
 

@@ -271,8 +271,8 @@ def describe_known(kind: str) -> str:
     """Return the names of `kind` for an error text, with the package of those that are not built in.
 
     Example:
-        >>> describe_known("beta").startswith("constant, cosine")
-        True
+        >>> describe_known("masker")
+        'group_level, response_level, routed'
     """
     return ", ".join(dict.fromkeys(e.name if e.built_in else f"{e.name} ({e.source})" for e in entries(kind)))
 

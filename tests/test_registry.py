@@ -12,6 +12,8 @@ from distillkit import registry
 from distillkit.cli.arguments import BASES
 from distillkit.errors import ConfigError, PluginLoadError, UnknownComponentError
 
+BETAS = "adaptive_kl, constant, cosine, linear, reward_progress, switch"
+
 
 def install(folder: Path, name: str, entry_points: dict[str, str], version: str = "0.1") -> None:
     """Lay out a distribution's metadata the way an installer does."""
@@ -144,7 +146,7 @@ def test_a_part_that_is_switched_off_says_so(site: Path, monkeypatch: pytest.Mon
     assert str(caught.value) == (
         "the beta 'steps' is switched off\n"
         "    got:      'steps'\n"
-        "    expected: constant, cosine, linear\n"
+        f"    expected: {BETAS}\n"
         "    try:      DISTILLKIT_PLUGINS='' leaves distillkit-one 0.1 out: add it there"
     )
 
@@ -155,24 +157,23 @@ def test_a_part_that_is_switched_off_says_so(site: Path, monkeypatch: pytest.Mon
         (
             "beta",
             "linaer",
-            "unknown beta 'linaer'\n    got:      'linaer'\n    expected: constant, cosine, linear\n"
-            "    try:      linear",
+            f"unknown beta 'linaer'\n    got:      'linaer'\n    expected: {BETAS}\n    try:      linear",
         ),
         (
             "beta",
             "k2",
-            "'k2' is a divergence, not a beta\n    got:      'k2'\n    expected: constant, cosine, linear",
+            f"'k2' is a divergence, not a beta\n    got:      'k2'\n    expected: {BETAS}",
         ),
         (
             "beta",
             "reverse_lk",
-            "unknown beta 'reverse_lk'\n    got:      'reverse_lk'\n    expected: constant, cosine, linear\n"
+            f"unknown beta 'reverse_lk'\n    got:      'reverse_lk'\n    expected: {BETAS}\n"
             "    try:      reverse_kl (a divergence)",
         ),
         (
             "beta",
             "zzz",
-            "unknown beta 'zzz'\n    got:      'zzz'\n    expected: constant, cosine, linear\n"
+            f"unknown beta 'zzz'\n    got:      'zzz'\n    expected: {BETAS}\n"
             "    try:      class_path: package.module.Class for a part that has no short name",
         ),
         (

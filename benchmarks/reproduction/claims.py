@@ -23,7 +23,7 @@ class Claim:
     text: str
     first: str
     second: str
-    measure: Literal["correct", "aligned", "length", "seconds_per_step"] = "correct"
+    measure: Literal["correct", "aligned", "length", "step_seconds"] = "correct"
     direction: Literal[1, -1] = 1
 
 
@@ -69,7 +69,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         source="RLAD, 8B student, 32B teacher", text="the teacher makes a step dearer: 567 s against 491 s",
-        first="rlad_alpha_05", second="grpo", measure="seconds_per_step",
+        first="rlad_alpha_05", second="grpo", measure="step_seconds",
     ),
     Claim(source=_RLKD, text="RLKD beats SFT followed by RL", first="rlkd", second="sft_then_rl"),
     Claim(source=_RLKD, text="RLKD beats reward-only training (GRPO)", first="rlkd", second="grpo"),
@@ -98,7 +98,7 @@ def judge(claim: Claim, runs: Runs) -> Verdict:
         bounds: tuple[float, float] | None = (found.low, found.high)
         sides = [*by_seed, found.low, found.high]
     else:
-        a, b = ([_figure(run, claim.measure) for run in side] for side in (first, second))
+        a, b = ([float(run[claim.measure]) for run in side] for side in (first, second))
         by_seed, bounds = tuple(x - y for x, y in zip(a, b, strict=True)), None
         sides = [x - y for x in a for y in b]
     signed = [claim.direction * value for value in sides]
@@ -116,7 +116,3 @@ def _per_problem(run: Mapping[str, Any], measure: str) -> list[float]:
 
 def _mean_over_seeds(runs: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.mean(values) for values in zip(*runs, strict=True)]
-
-
-def _figure(run: Mapping[str, Any], measure: str) -> float:
-    return float(run["seconds"] / run["steps"] if measure == "seconds_per_step" else run[measure])

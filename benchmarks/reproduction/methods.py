@@ -7,7 +7,7 @@ one without (distillation alone: Adam does not see the scale of a single loss) t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["METHODS", "SEEDS", "TUNING_SEED", "Method", "Stage"]
 
@@ -26,15 +26,16 @@ Trial = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One `distillkit fit`: a recipe and the share of the token budget it may use."""
+    """One `distillkit fit`: a recipe, settings that no trial changes, and the share of the token budget it may use."""
 
     recipe: str
     share: float = 1.0
+    settings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the matrix. A trial's values go to the last stage; the stages before keep their recipe's."""
+    """A row of the matrix. A trial's values go to the last stage."""
 
     title: str
     stages: tuple[Stage, ...]
@@ -70,7 +71,10 @@ METHODS: dict[str, Method] = {
     "sft": _one("SFT on teacher traces", "sft", _supervised_rates()),
     "sft_then_rl": Method(
         title="SFT, then GRPO",
-        stages=(Stage(recipe="small/sft", share=0.5), Stage(recipe="small/sft_then_rl", share=0.5)),
+        stages=(
+            Stage(recipe="small/sft", share=0.5, settings={_SUPERVISED_RATE: 3e-4}),
+            Stage(recipe="small/sft_then_rl", share=0.5),
+        ),
         trials=_rates(),
     ),
     "offline_kd": _one("offline KD (forward KL)", "offline_kd", _supervised_rates()),

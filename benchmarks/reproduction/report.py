@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,13 @@ def write_report(rows: Sequence[Mapping[str, Any]], docs: Path, budget: int) -> 
     Raises:
         SystemExit: runs are missing.
     """
-    runs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in sorted((r for r in rows if r["phase"] == "run"), key=lambda r: r["seed"]):
-        runs[row["method"]].append(row)
-    missing = [f"{name} seed {s}" for name in METHODS for s in SEEDS if s not in [r["seed"] for r in runs[name]]]
-    if missing:
-        raise SystemExit(f"{len(missing)} runs are missing, such as {', '.join(missing[:3])}: run `reproduce.py run`")
+    seconds = {(r["method"], r["seed"]): r["seconds"] for r in rows if r["phase"] == "time"}
+    whole = {(r["method"], r["seed"]): r for r in rows if r["phase"] == "run"}
+    wanted = [(name, seed) for name in METHODS for seed in SEEDS]
+    for phase, found in (("run", whole), ("time", seconds)):
+        if missing := [f"{name} seed {seed}" for name, seed in wanted if (name, seed) not in found]:
+            raise SystemExit(f"{len(missing)} missing, such as {', '.join(missing[:3])}: `reproduce.py {phase}` first")
+    runs = {name: [{**whole[name, s], "step_seconds": seconds[name, s]} for s in SEEDS] for name in METHODS}
     start = runs["grpo"][0]["curve"][0][3]
     gain = 100 * (statistics.mean(r["accuracy"] for r in runs["grpo"]) - start)
     seeds = ", ".join(map(str, SEEDS))
@@ -97,7 +97,7 @@ def _results(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 _spread(r["teacher_reverse_kl"] for r in found),
                 _spread(statistics.mean(r["aligned"]) for r in found),
                 _spread((r["paths"] for r in found), 2),
-                f"{statistics.median(r['seconds'] / r['steps'] for r in found):.2f}",
+                f"{statistics.median(r['step_seconds'] for r in found):.2f}",
             )
         )
     return _table(heads, lines)
