@@ -209,11 +209,11 @@ def tuning_jobs(methods: list[str]) -> Iterator[Job]:
             yield Job(phase="tune", method=method, seed=TUNING_SEED, trial=trial)
 
 
-def reported_jobs(methods: list[str]) -> Iterator[Job]:
+def reported_jobs(phase: str, methods: list[str]) -> Iterator[Job]:
     """Yield the chosen setting of every method, seed by seed."""
     for seed in SEEDS:
         for method in methods:
-            yield Job(phase="run", method=method, seed=seed, trial=chosen(method))
+            yield Job(phase=phase, method=method, seed=seed, trial=chosen(method))
 
 
 def main() -> None:

@@ -6,7 +6,8 @@
     repeated    one expression is written twice
     garbled     a character changed, dropped or added, the end cut off, or more written after it
 
-Each takes a problem, a chain of it and a source of chance, and returns text; `CORRUPTIONS` names them.
+Each takes a problem, a chain of it and a source of chance, and returns text; `CORRUPTIONS` names them. Two writers
+write such chains from the start: `any_order_chain` and, like a model that is of two minds, `wavering_chain`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ from types import MappingProxyType
 from distillkit.embedded.arithmetic import ARROW, check_chain, right_steps
 from distillkit.errors import DataError, problem
 
-__all__ = ["CORRUPTIONS", "Corruption", "any_order_chain", "garbled", "missing", "reordered", "repeated", "wrong"]
+__all__ = [
+    "CORRUPTIONS",
+    "Corruption",
+    "any_order_chain",
+    "garbled",
+    "missing",
+    "reordered",
+    "repeated",
+    "wavering_chain",
+    "wrong",
+]
 
 Corruption = Callable[[str, str, random.Random], str]
 """(prompt, chain, rng) -> the corrupted chain."""
 
 _DIGITS, _LETTERS = "0123456789", "0123456789+-*>"
+_WAVERS = 0.4
 
 
 def any_order_chain(expression: str, rng: random.Random) -> str:
@@ -36,6 +48,25 @@ def any_order_chain(expression: str, rng: random.Random) -> str:
     written = []
     while steps := right_steps(expression):
         expression = rng.choice(steps).expression
+        written.append(expression)
+    return ARROW.join(written)
+
+
+def wavering_chain(expression: str, rng: random.Random) -> str:
+    """Return a chain whose writer, at two steps of five, begins one reduction and ends with another.
+
+    The later steps go on from what stands there. `3+8+6` may become `1+6`, `3+4`, `1+4` or `3+6`.
+
+    Example:
+        >>> wavering_chain("3+8+6", random.Random(4))
+        '1+4>5'
+    """
+    written = []
+    while steps := right_steps(expression):
+        expression = rng.choice(steps).expression
+        if rng.random() < _WAVERS:
+            at = rng.randrange(len(expression))
+            expression = expression[:at] + rng.choice(steps).expression[at:]
         written.append(expression)
     return ARROW.join(written)
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded decomposer: characters, and one token for each fixed piece of the grammar."""
+"""The tokenizer of the embedded decomposer: characters, operands with what follows, and pieces of the grammar."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.decomposition import Decomposition, ReasoningStep, messages, render
+from distillkit.embedded.arithmetic import ARROW
 from distillkit.embedded.decompositions import KINDS, NOTHING, OTHER
 
 __all__ = ["build_decomposer_tokenizer"]
@@ -32,15 +33,16 @@ _CHAT_TEMPLATE = (
 def build_decomposer_tokenizer() -> PreTrainedTokenizerFast:
     r"""Return the tokenizer: `<pad>`, `<eos>`, `<unk>`, printable ASCII and newline, then the pieces of the grammar.
 
-    A piece is text that every decomposition has, such as `\nSub-problem: `, or a meta-reasoning, such as `product 2`: a
-    reduction is 8 tokens. The pieces are cut out of what `messages` and `render` write. Text of printable ASCII and
-    newlines comes back exactly; any other character becomes `<unk>`. The chat template leaves the system message out,
-    which is always the same, and writes `<eos>` after an answer.
+    A piece is text that every decomposition has, such as `\nSub-problem: `, a meta-reasoning, such as `product 2`, or a
+    digit with the operator or `>` after it: two expressions agree token by token up to the sub-expression that went,
+    and a reduction is 7 tokens. The grammar's pieces are cut out of what `messages` and `render` write. Text of
+    printable ASCII and newlines comes back exactly; any other character becomes `<unk>`. The chat template leaves the
+    system message out, which is always the same, and writes `<eos>` after an answer.
 
     Example:
         >>> tokenizer = build_decomposer_tokenizer()
         >>> tokenizer.tokenize("\nSub-problem: 4*2\nAnswer: 8")
-        ['\nSub-problem: ', '4', '*', '2', '\nAnswer: ', '8']
+        ['\nSub-problem: ', '4*', '2', '\nAnswer: ', '8']
         >>> tokenizer.apply_chat_template(messages("3+4", "7"), tokenize=False)
         'Problem:\n3+4\n\nReasoning:\n7\n\nDecomposition:\n'
     """
@@ -72,5 +74,6 @@ def _pieces() -> list[str]:
     answered = render(Decomposition(steps=(step,) * _STEPS, final=hole))
     unfinished = render(Decomposition(steps=(step,), final="")).split(hole)[-1]
     metas = [f"{kind} {place}" for kind in KINDS.values() for place in range(1, _OPERATORS + 1)]
-    found = [*asked.split(hole), *answered.split(hole), unfinished, *metas, OTHER, NOTHING]
+    operands = [digit + after for digit in string.digits for after in (*KINDS, ARROW)]
+    found = [*asked.split(hole), *answered.split(hole), unfinished, *metas, OTHER, NOTHING, *operands]
     return [piece for piece in dict.fromkeys(found) if len(piece) > 1]

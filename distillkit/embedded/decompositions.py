@@ -23,7 +23,7 @@ from typing import TypedDict
 from distillkit.decomposition import Decomposition, ReasoningStep, messages, render
 from distillkit.embedded.arithmetic import ARROW, Row, check_chain, draw, generate, split_of
 from distillkit.embedded.careless import careless_chain
-from distillkit.embedded.corruptions import CORRUPTIONS, any_order_chain, garbled
+from distillkit.embedded.corruptions import CORRUPTIONS, any_order_chain, garbled, wavering_chain
 from distillkit.functional.structure import structural_reward
 
 __all__ = [
@@ -46,10 +46,13 @@ OTHER, NOTHING = "other", "nothing"
 """The meta-reasoning of a step that is no reduction; what stands for an empty text."""
 
 _EXPRESSION = re.compile(r"[0-9](?:[-+*][0-9])*")
-_WRITERS = {"reference": 0.30, "careless": 0.35, "any order": 0.35}
+_WRITERS = {"reference": 0.22, "careless": 0.26, "any order": 0.26, "wavering": 0.26}
+_PENS = {"careless": careless_chain, "any order": any_order_chain, "wavering": wavering_chain}
 _CHANGES = {"": 0.35, "wrong": 0.20, "reordered": 0.07, "missing": 0.09, "repeated": 0.09, "garbled": 0.20}
 _CHANGED_TWICE = 0.15
-_OPERANDS = {2: 0.05, 3: 0.25, 4: 0.35, 5: 0.35}
+_OPERANDS = {2: 0.05, 3: 0.40, 4: 0.28, 5: 0.27}
+_ALIKE = re.compile(r"([-+*])[0-9]\1")
+_KEPT_UNLIKE = 0.35
 
 
 class DecompositionRow(TypedDict):
@@ -176,8 +179,9 @@ def path(prompt: str, completion: str) -> tuple[int, ...] | None:
 def decomposition_rows(count: int, seed: int = 0) -> list[DecompositionRow]:
     """Return traces of training problems, most of them corrupted, with their rule-based decompositions.
 
-    A chain is a reference chain, a careless one, or in any order; then nothing, one or two corruptions happen to it. No
+    A chain is a reference chain, careless, in any order or wavering; then none, one or two corruptions happen to it. No
     trace writes a problem of another split, not even by mistake. Every other problem ends with `>`, as a prompt does.
+    Problems with equal operators side by side, whose steps only the digits tell apart, are more frequent than chance.
 
     Example:
         >>> row = decomposition_rows(1)[0]
@@ -185,8 +189,9 @@ def decomposition_rows(count: int, seed: int = 0) -> list[DecompositionRow]:
         (['completion', 'kind', 'problem', 'prompt', 'trace'], ['system', 'user'])
     """
     rng = random.Random(f"distillkit-decompositions-{seed}")
-    rows = generate("train", count, seed=seed, operands=_OPERANDS)
-    return [_row(row, rng) for row in rows]
+    drawn = generate("train", 2 * count + 16, seed=seed, operands=_OPERANDS)
+    kept = [row for row in drawn if _ALIKE.search(row["prompt"]) or rng.random() < _KEPT_UNLIKE]
+    return [_row(row, rng) for row in kept[:count]]
 
 
 def _row(row: Row, rng: random.Random) -> DecompositionRow:
@@ -207,13 +212,10 @@ def _traces(row: Row, rng: random.Random) -> Iterator[tuple[str, str]]:
     prompt, expression = row["prompt"], row["prompt"].removesuffix(ARROW)
     while True:
         writer = list(_WRITERS)[draw(tuple(_WRITERS.values()), rng)]
-        if writer == "reference":
-            trace = row["chain"]
-        else:
-            trace = (careless_chain if writer == "careless" else any_order_chain)(expression, rng)
+        trace = row["chain"] if writer == "reference" else _PENS[writer](expression, rng)
         change = list(_CHANGES)[draw(tuple(_CHANGES.values()), rng)]
-        if change == "reordered" and ARROW not in trace:
-            continue
+        if (change == "reordered" and ARROW not in trace) or (change == "wrong" and writer == "wavering"):
+            continue  # nothing to swap; nothing to go on from
         if change:
             trace = CORRUPTIONS[change](prompt, trace, rng)
             if rng.random() < _CHANGED_TWICE:
