@@ -250,10 +250,16 @@ class BetaScheduler(Component):
 
 
 class Masker(Component):
-    """Which tokens the policy and the distillation term may learn from."""
+    """Which tokens the policy and the distillation term may learn from.
+
+    `allowed_through` lists the `model.distill_through` values under which its two factors mean what they say; `why_not`
+    says why the others are refused.
+    """
 
     kind = "masker"
     needs: ClassVar[ScoreRequest] = ScoreRequest()
+    allowed_through: ClassVar[tuple[DistillThrough, ...]] = ("loss", "advantage", "reward")
+    why_not: ClassVar[str] = ""
 
     @abstractmethod
     def __call__(

@@ -197,14 +197,14 @@ def _teacher(parts: StepParts) -> Iterator[str]:
 def _divergence(parts: StepParts, distill_through: DistillThrough) -> Iterator[str]:
     if parts.divergence is None:
         return
-    if distill_through not in parts.divergence.allowed_through:
-        name = type(parts.divergence).__name__
-        where = (
-            f"model.distill_through: {name} cannot be used as {_article(distill_through)}: {parts.divergence.why_not}"
-        )
-        allowed = " or ".join(parts.divergence.allowed_through)
-        hint = f"model.distill_through: {parts.divergence.allowed_through[0]}"
-        yield problem(where, got=distill_through, expected=allowed, hint=hint)
+    through, masker = _article(distill_through), parts.masker
+    possible = [t for t in parts.divergence.allowed_through if masker is None or t in masker.allowed_through]
+    for part, use in ((parts.divergence, "be used as"), (masker, "mask a divergence used as")):
+        if part is not None and distill_through not in part.allowed_through:
+            where = f"model.distill_through: {type(part).__name__} cannot {use} {through}: {part.why_not}"
+            allowed = " or ".join(part.allowed_through)
+            hint = f"model.distill_through: {possible[0]}" if possible else "another divergence or masker"
+            yield problem(where, got=distill_through, expected=allowed, hint=hint)
     if parts.beta is None:
         yield problem(
             "model.beta: the divergence has no coefficient", got="null", expected="a number", hint="model.beta: 0.02"

@@ -30,6 +30,9 @@ class Routed(Masker):
         ConfigError: there are no rewards, or none of them can tell correctness.
     """
 
+    allowed_through = ("loss", "advantage")
+    why_not = "what the divergence adds to a wrong response's reward meets a policy weight of 0"
+
     def __init__(self, *, unknown: UnknownRule = "drop") -> None:
         self.unknown = check_unknown(unknown)
 
