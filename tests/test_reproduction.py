@@ -10,9 +10,12 @@ import pytest
 import reproduce
 import yaml
 from reproduction.claims import CLAIMS, Claim, judge
-from reproduction.methods import METHODS
+from reproduction.methods import METHODS, SEEDS
+from reproduction.report import write_report
 
 from distillkit.cli.shipped import find_config
+
+ROOT = Path(__file__).parents[1]
 
 
 def value_at(tree: Any, path: str) -> Any:
@@ -91,6 +94,20 @@ def test_the_chosen_trial_is_the_best_on_validation_and_ties_go_to_the_curve(
     ]
     reproduce.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert reproduce.chosen("grpo") == METHODS["grpo"].trials[2]
+
+
+def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
+    rows = reproduce.results()
+    assert {(r["method"], r["seed"]) for r in rows if r["phase"] == "run"} == {(m, s) for m in METHODS for s in SEEDS}
+    write_report(rows, tmp_path, reproduce.BUDGET)
+    assert (tmp_path / "reproduction.md").read_text() == (ROOT / "docs" / "reproduction.md").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_recipes_carry_the_chosen_settings(name: str) -> None:
+    recipe = yaml.safe_load(find_config(METHODS[name].stages[-1].recipe).read_text())
+    chosen = reproduce.chosen(name)
+    assert {path: float(value_at(recipe, path)) for path in chosen} == pytest.approx(dict(chosen))
 
 
 @pytest.mark.slow
