@@ -38,7 +38,7 @@ class Linear(BetaScheduler):
 
     def __init__(self, *, start: float, end: float, steps: int | None = None, delta: float | None = None) -> None:
         if (steps is None) == (delta is None):
-            where = "model.beta: a line needs its length or its slope"
+            where = "Linear: a line needs its length or its slope"
             given = "neither steps nor delta" if steps is None else f"steps {steps} and delta {delta}"
             raise ConfigError(problem(where, got=given, expected="one of steps and delta", hint="steps: 80"))
         whole = "at least 1 rollout step and finite: the schedule would never end"
@@ -50,7 +50,7 @@ class Linear(BetaScheduler):
             ("delta", delta, delta is None or 0 < delta < math.inf, slope),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"Linear.{name}", got=value, expected=expected))
         self.start = start
         self.end = end
         self.steps = steps

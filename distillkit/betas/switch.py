@@ -40,7 +40,7 @@ class Switch(BetaScheduler):
             ("at", at, 0 <= at < math.inf, "a finite number of rollout steps, at least 0"),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"Switch.{name}", got=value, expected=expected))
         self.before = before
         self.after = after
         self.at_step = at

@@ -74,7 +74,7 @@ def test_schedules_that_never_end_are_refused(
 ) -> None:
     with pytest.raises(ConfigError) as error:
         cls(**{"start": 1.0, "end": 0.0, "steps": 5, **arguments})
-    assert str(error.value) == f"model.beta.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
+    assert str(error.value) == f"{cls.__name__}.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_line_has_a_length_or_a_slope(arguments: dict[str, Any], got: str) -> 
     with pytest.raises(ConfigError) as error:
         Linear(start=1.0, end=0.0, **arguments)
     assert str(error.value) == (
-        f"model.beta: a line needs its length or its slope\n    got:      {got}\n"
+        f"Linear: a line needs its length or its slope\n    got:      {got}\n"
         "    expected: one of steps and delta\n    try:      steps: 80"
     )
 
@@ -102,10 +102,10 @@ def test_a_line_has_a_length_or_a_slope(arguments: dict[str, Any], got: str) -> 
 def test_a_switch_that_never_comes_is_refused(arguments: dict[str, Any], name: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         Switch(**{"before": 1.0, "after": 0.0, "at": 5, **arguments})
-    assert str(error.value) == f"model.beta.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
+    assert str(error.value) == f"Switch.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
 
 
 def test_constant_must_be_finite() -> None:
     with pytest.raises(ConfigError) as error:
         Constant(value=float("nan"))
-    assert str(error.value) == "model.beta.value\n    got:      nan\n    expected: a finite number"
+    assert str(error.value) == "Constant.value\n    got:      nan\n    expected: a finite number"
