@@ -29,6 +29,7 @@ class Constant(BetaScheduler):
         if not math.isfinite(value):
             raise ConfigError(problem("Constant.value", got=value, expected="a finite number"))
         self._value = value
+        self.steps_needed = 0
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the number."""

@@ -42,6 +42,7 @@ class Cosine(BetaScheduler):
         self.start = start
         self.end = end
         self.steps = steps
+        self.steps_needed = steps
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""

@@ -55,6 +55,7 @@ class Linear(BetaScheduler):
         self.end = end
         self.steps = steps
         self.delta = delta
+        self.steps_needed = steps if delta is None else _steps(start, end, delta)
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""
@@ -62,3 +63,9 @@ class Linear(BetaScheduler):
             return functional.annealed(step, self.start, self.end, self.delta)
         assert self.steps is not None
         return functional.linear(step, self.start, self.end, self.steps)
+
+
+def _steps(start: float, end: float, delta: float) -> int | None:
+    """Steps of size delta from start to end; None where no float counts them."""
+    steps = abs(start - end) / delta
+    return math.ceil(steps - 1e-9 * steps) if math.isfinite(steps) else None

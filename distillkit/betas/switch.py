@@ -44,6 +44,7 @@ class Switch(BetaScheduler):
         self.before = before
         self.after = after
         self.at_step = at
+        self.steps_needed = at + 1 if at else 0
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""
