@@ -235,6 +235,8 @@ class StudentModule(pl.LightningModule):
             logger.log_metrics(metrics, step=self.rollout_step)
         self.log_dict(metrics, logger=False, batch_size=1)
         self.last_output = output
+        # Lightning validates after the step that asks it to stop, and not after the one that max_steps ends.
+        self.trainer.should_stop |= 0 < self.trainer.max_steps <= self.rollout_step
         self._skipped_in_a_row = 0 if output.updates else self._skipped_in_a_row + output.skipped
         if self._skipped_in_a_row >= self.max_skipped_updates:
             where = (
