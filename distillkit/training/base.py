@@ -31,6 +31,7 @@ from distillkit.models import (
 from distillkit.schedules import unfinished
 from distillkit.training.backend import check_trainer
 from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.training.positions import beyond_positions, longest_sequences
 from distillkit.types import StepOutput
 
 __all__ = ["StudentModule", "at_least"]
@@ -194,6 +195,7 @@ class StudentModule(pl.LightningModule):
         self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
         for component in self.components():
             component.setup(self._info)
+        self._note(beyond_positions(model.config, longest_sequences(self, training)))
         self.build(training)
 
     def teardown(self, stage: str) -> None:

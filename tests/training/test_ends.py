@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback
+from transformers import GPT2Config, Qwen3Config
 
 from distillkit import DataSource, ForwardKL, LocalTeacher, OnPolicyDistillation, PromptData, SupervisedModule, Switch
 from distillkit.data import EvalSet
 from distillkit.runs import make_trainer
 from distillkit.training.budget import TokenBudget
+from distillkit.training.positions import beyond_positions
 from tests import toy
 
 
@@ -144,3 +147,34 @@ def test_a_schedule_that_ends_after_the_run_is_named_before_the_models_are_loade
         fit("run", steps=2, module=module)
     said = "Note: model.beta: Switch reaches its end in 41 steps, and trainer.max_steps is 2: the run ends first\n"
     assert capsys.readouterr().out.count(said) == 1
+
+
+def test_sequences_beyond_the_students_positions_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    fit("run", steps=1, data={"max_prompt_tokens": 121})
+    said = capsys.readouterr().out
+    assert said.count("Note: ") == 1
+    assert (
+        "Note: model.sampler.max_new_tokens: prompts of up to 121 tokens and 8 new ones are 129, beyond the 128 "
+        "positions that the student declares (max_position_embeddings); what it writes there may be poor\n"
+    ) in said
+    fit("fits", steps=1, data={"max_prompt_tokens": 120})
+    source = DataSource(path="rows.jsonl")
+    fit("val", steps=1, data={"val": [EvalSet(name="long", source=source, max_new_tokens=126)]})
+    said = capsys.readouterr().out
+    assert said.count("Note: ") == 1
+    assert "Note: data.val.long.max_new_tokens: prompts of up to 4 tokens and 126 new ones are 130" in said
+
+
+def test_what_a_model_declares() -> None:
+    asked = {"a": (10, 20), "b": (10, 91)}
+
+    def notes(config: Any) -> list[str]:
+        return [line.partition(":")[0] for line in beyond_positions(config, asked)]
+
+    assert notes(Qwen3Config(max_position_embeddings=100)) == ["b"]
+    assert notes(Qwen3Config(max_position_embeddings=101)) == []
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 1e6}
+    assert notes(Qwen3Config(max_position_embeddings=100, rope_parameters=yarn)) == []
+    assert notes(GPT2Config(n_positions=16)) == [], "the sampler refuses what its table does not hold"
+    assert beyond_positions(SimpleNamespace(get_text_config=lambda: object()), asked) == []
+    assert beyond_positions(Qwen3Config(max_position_embeddings=8), {}) == []
