@@ -236,6 +236,11 @@ class BetaScheduler(Component):
     """A number that changes with the step."""
 
     kind = "beta"
+    steps_needed: int | None = None
+    """Steps that a run must take to reach the last value; None where the values do not follow from the step alone.
+
+    A run that ends earlier is told so, and the values at both ends are checked before any model is loaded.
+    """
 
     @abstractmethod
     def value(self, step: int, signals: Mapping[str, float]) -> float:

@@ -18,6 +18,7 @@ from distillkit.components import (
     TeacherScorer,
 )
 from distillkit.errors import ConfigError, did_you_mean, problem
+from distillkit.schedules import end_point_problems
 from distillkit.types import SamplingSettings, ScoreRequest
 
 __all__ = ["SCHEDULED_SCALARS", "StepParts", "check_parts", "check_supervised", "teacher_request"]
@@ -233,13 +234,12 @@ def _reference(parts: StepParts) -> Iterator[str]:
 
 def _schedules(parts: StepParts) -> Iterator[str]:
     known = list(SCHEDULED_SCALARS)
-    for key in _SCHEDULED_PARTS:
-        part = getattr(parts, key)
-        if part is not None:
-            numbers = [n for n, v in vars(part).items() if isinstance(v, int | float) and not isinstance(v, bool)]
-            if key == "sampler":  # a step hands its sampler the sampling settings, and nothing else of the copy
-                numbers = [n for n in numbers if n in SamplingSettings.__dataclass_fields__]
-            known += [f"{key}.{name}" for name in numbers]
+    scheduled = {key: part for key in _SCHEDULED_PARTS if (part := getattr(parts, key)) is not None}
+    for key, part in scheduled.items():
+        numbers = [n for n, v in vars(part).items() if isinstance(v, int | float) and not isinstance(v, bool)]
+        if key == "sampler":  # a step hands its sampler the sampling settings, and nothing else of the copy
+            numbers = [n for n in numbers if n in SamplingSettings.__dataclass_fields__]
+        known += [f"{key}.{name}" for name in numbers]
     for path in parts.schedules:
         if path not in known:
             yield problem(
@@ -248,6 +248,7 @@ def _schedules(parts: StepParts) -> Iterator[str]:
                 expected=", ".join(known),
                 hint=did_you_mean(path, known),
             )
+    yield from end_point_problems(scheduled, parts.schedules)
 
 
 def _lacking(offers: ScoreRequest, needs: ScoreRequest) -> str | None:

@@ -60,7 +60,7 @@ class AdaptiveKL(BetaScheduler):
             ("limit", limit, limit > 0 and gain * limit < 1, "above 0, and gain * limit below 1"),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"AdaptiveKL.{name}", got=value, expected=expected))
         self.start = start
         self.target = target
         self.min = min

@@ -27,8 +27,9 @@ class Constant(BetaScheduler):
 
     def __init__(self, *, value: float) -> None:
         if not math.isfinite(value):
-            raise ConfigError(problem("model.beta.value", got=value, expected="a finite number"))
+            raise ConfigError(problem("Constant.value", got=value, expected="a finite number"))
         self._value = value
+        self.steps_needed = 0
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the number."""

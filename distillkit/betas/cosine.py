@@ -38,10 +38,11 @@ class Cosine(BetaScheduler):
             ("steps", steps, 1 <= steps < math.inf, whole),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"Cosine.{name}", got=value, expected=expected))
         self.start = start
         self.end = end
         self.steps = steps
+        self.steps_needed = steps
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""

@@ -38,7 +38,7 @@ class Linear(BetaScheduler):
 
     def __init__(self, *, start: float, end: float, steps: int | None = None, delta: float | None = None) -> None:
         if (steps is None) == (delta is None):
-            where = "model.beta: a line needs its length or its slope"
+            where = "Linear: a line needs its length or its slope"
             given = "neither steps nor delta" if steps is None else f"steps {steps} and delta {delta}"
             raise ConfigError(problem(where, got=given, expected="one of steps and delta", hint="steps: 80"))
         whole = "at least 1 rollout step and finite: the schedule would never end"
@@ -50,11 +50,12 @@ class Linear(BetaScheduler):
             ("delta", delta, delta is None or 0 < delta < math.inf, slope),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"Linear.{name}", got=value, expected=expected))
         self.start = start
         self.end = end
         self.steps = steps
         self.delta = delta
+        self.steps_needed = steps if delta is None else _steps(start, end, delta)
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""
@@ -62,3 +63,9 @@ class Linear(BetaScheduler):
             return functional.annealed(step, self.start, self.end, self.delta)
         assert self.steps is not None
         return functional.linear(step, self.start, self.end, self.steps)
+
+
+def _steps(start: float, end: float, delta: float) -> int | None:
+    """Steps of size delta from start to end; None where no float counts them."""
+    steps = abs(start - end) / delta
+    return math.ceil(steps - 1e-9 * steps) if math.isfinite(steps) else None

@@ -60,7 +60,7 @@ class RewardProgress(BetaScheduler):
             ("decay", decay, 0 <= decay < 1, "between 0 and below 1: at 1 the mean never moves"),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"RewardProgress.{name}", got=value, expected=expected))
         self.start = start
         self.end = end
         self.high = high

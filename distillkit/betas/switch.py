@@ -40,10 +40,11 @@ class Switch(BetaScheduler):
             ("at", at, 0 <= at < math.inf, "a finite number of rollout steps, at least 0"),
         ):
             if not ok:
-                raise ConfigError(problem(f"model.beta.{name}", got=value, expected=expected))
+                raise ConfigError(problem(f"Switch.{name}", got=value, expected=expected))
         self.before = before
         self.after = after
         self.at_step = at
+        self.steps_needed = at + 1 if at else 0
 
     def value(self, step: int, signals: Mapping[str, float]) -> float:
         """Return the value for rollout step `step`."""

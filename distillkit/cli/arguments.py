@@ -27,7 +27,7 @@ from distillkit.components import (
     RolloutSampler,
     TeacherScorer,
 )
-from distillkit.errors import did_you_mean, problem
+from distillkit.errors import ConfigError, did_you_mean, problem
 
 __all__ = [
     "BASES",
@@ -39,6 +39,7 @@ __all__ = [
     "dump",
     "hint_text",
     "problems",
+    "refusal",
     "slots",
     "spelled_out",
     "typed_for",
@@ -181,6 +182,23 @@ def problems(
             yield problem(f"{where(None)}: {title} misses the argument {name!r}", expected=expected)
     if not wrong:
         yield problem(f"{where(None)}: {title} cannot be made of this", got=message)
+
+
+def refusal(target: Callable[..., Any], given: Mapping[str, Any]) -> str | None:
+    """Return what the constructor of a part says against arguments of the right types; None where it takes them.
+
+    The part is made for that, so this is for parts whose constructors do nothing but look at numbers. What is no
+    `ConfigError` is left to whoever makes the part in earnest.
+    """
+    parser = _parser(target)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_object(copy.deepcopy(dict(given))))
+        target(**parsed.as_dict())
+    except ConfigError as error:
+        return str(error)
+    except Exception:  # a constructor may raise anything
+        return None
+    return None
 
 
 def typed_for(target: Callable[..., Any], name: str, text: Raw) -> Any:

@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         "difference from the first group is. Runs that differ in nothing but the seed are one group.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder")
-    parser.add_argument("--set", metavar="NAME", help="evaluation set (default: the first by name that all runs have)")
+    parser.add_argument(
+        "--set", metavar="NAME", help="evaluation set (default: the first of data.val that all runs have)"
+    )
     parser.add_argument("--metric", default="pass@1", help="of the set, such as mean@8 or length (default: pass@1)")
     parser.add_argument(
         "--ignore",

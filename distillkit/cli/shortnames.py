@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distillkit import registry
-from distillkit.cli.arguments import BASES, Slot, arguments_of, choice, problems, slots, spelled_out, typed_for
+from distillkit.cli.arguments import BASES, Slot, arguments_of, choice, problems, refusal, slots, spelled_out, typed_for
 from distillkit.cli.yaml_file import KeyPath, Raw, dotted, plain
 from distillkit.errors import ConfigError, DistillkitError, did_you_mean, problem
 
@@ -116,7 +116,10 @@ class Expansion:
         if kind == "reward" and not isinstance(target, type) and not _makes(target, kind):
             args = self._function_arguments(target, class_path, args, at)
             class_path, target = _FUNCTION_REWARD, registry.import_object(_FUNCTION_REWARD)
+        found = len(self.problems)
         call = {"class_path": class_path, "init_args": self.arguments(target, args, at)}
+        if kind == "beta" and len(self.problems) == found and "dict_kwargs" not in spec:
+            self._check_schedule(target, call["init_args"], at)
         return call | ({"dict_kwargs": spec["dict_kwargs"]} if "dict_kwargs" in spec else {})
 
     def _chosen(self, base: type[Any], spec: Any, path: KeyPath) -> Any:
@@ -182,6 +185,18 @@ class Expansion:
         got = f"a {type(target).__name__}"
         self.report(path, f"{class_path} is not a {kind} class", got=got, expected=f"a subclass of {base.__name__}")
         return None, class_path
+
+    def _check_schedule(self, target: Callable[..., Any], args: Mapping[str, Any], path: KeyPath) -> None:
+        """Report what a schedule says against its numbers, in the place of the number: it may stand in several."""
+        text = refusal(target, args)
+        if text is None:
+            return
+        head = text.partition("\n")[0]
+        name = head.removeprefix(f"{getattr(target, '__name__', '')}.")
+        if name in args:
+            self.problems.append(self._where((*path, name)) + text.removeprefix(head))
+        else:
+            self.problems.append(f"{self._where(path)}: {text}")
 
     def _own_arguments(self, spec: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
         """The arguments of a part, written beside its name or under `init_args`."""

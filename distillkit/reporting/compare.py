@@ -107,7 +107,7 @@ def compare_runs(
 
     Args:
         folders: of runs of the command line, finished or not, with an evaluation each.
-        set_name: evaluation set; None takes the first by name that all runs share.
+        set_name: evaluation set; None takes the first of the config's `data.val` that all runs share.
         metric: of the set, such as `pass@1`, `mean@8` or `length`.
         ignore: dotted paths that make no difference, such as `model.student` of runs that go on from others.
         resamples: of the paired bootstrap.

@@ -69,10 +69,14 @@ def _runs(comparison: Comparison) -> Section:
         for run in group.runs
     ]
     open_ends = [str(run.folder) for run in comparison.runs if run.state != "finished"]
-    notes = (f"Not finished: {', '.join(open_ends)}; the last evaluation so far is taken.",) if open_ends else ()
-    return Section(
-        title="Runs", header=("run", "group", "seed", "state", "last evaluation"), rows=tuple(rows), notes=notes
-    )
+    notes = [f"Not finished: {', '.join(open_ends)}; the last evaluation so far is taken."] if open_ends else []
+    early = [
+        f"{run.folder} (step {run.step} of {run.last_step})" for run in comparison.runs if run.step < run.last_step
+    ]
+    if early:
+        notes.append(f"Trained on after the last evaluation: {', '.join(early)}; the results are not the final ones.")
+    header = ("run", "group", "seed", "state", "last evaluation")
+    return Section(title="Runs", header=header, rows=tuple(rows), notes=tuple(notes))
 
 
 def _configs(comparison: Comparison) -> Section:
@@ -102,6 +106,9 @@ def _results(comparison: Comparison) -> Section:
     notes += [
         f"Best {metric}: at each run's best evaluation, chosen on these very problems and so too good to be true."
     ]
+    if len({run.step for run in comparison.runs}) > 1:
+        steps = ", ".join(f"{group.label} {_steps(group)}" for group in comparison.groups)
+        notes.append(f"Evaluated at different steps: {steps}.")
     if comparison.other_sets:
         notes.append(f"Other evaluation sets: {', '.join(comparison.other_sets)} (--set).")
     header = ("group", "runs", "step", metric, f"best {metric}", *others)

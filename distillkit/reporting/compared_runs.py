@@ -48,8 +48,9 @@ _PLAIN: Mapping[str, type[ProblemMean]] = {
 class ComparedRun:
     """One run: its settings by dotted path, its curves, and the result of each problem at its last evaluation.
 
-    `settings` leave out what is told apart; `metrics` are the rows of `metrics.csv`, the names of the evaluation set
-    without `val/<set>/`; `results` hold NaN for a problem that nothing is known of.
+    `settings` leave out what is told apart; `step` is that of the last evaluation, `last_step` the last one taken;
+    `metrics` are the rows of `metrics.csv`, the names of the evaluation set without `val/<set>/`; `results` hold NaN
+    for a problem that nothing is known of.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class ComparedRun:
     settings: Mapping[str, Any]
     metrics: Sequence[MetricsRow]
     step: int
+    last_step: int
     results: Mapping[int, float]
     problems: Mapping[int, str]
 
@@ -91,10 +93,13 @@ def read_runs(
 
 
 def shared_sets(folders: Sequence[str | Path], asked: str | None = None) -> tuple[str, ...]:
-    """Return the evaluation sets that all runs have results on, `asked` or the first by name in front.
+    """Return the evaluation sets that all runs have results on, `asked` in front, then in the order of `data.val`.
+
+    The order is that of the first run's config; sets that it does not name follow by name.
 
     Raises:
         ConfigError: no runs, not a run folder, given twice, without an evaluation, no common set.
+        DataError: a config that cannot be read.
     """
     if not folders:
         raise ConfigError(problem("compare: no runs", expected="run folders"))
@@ -158,7 +163,8 @@ def _sets(run: RunFolder) -> tuple[str, ...]:
 
 
 def _choose_set(runs: Sequence[RunFolder], asked: str | None) -> tuple[str, ...]:
-    shared = [name for name in _sets(runs[0]) if all(name in _sets(run) for run in runs)]
+    found = dict.fromkeys([*_named_sets(_config(runs[0])), *_sets(runs[0])])
+    shared = [name for name in found if all(name in _sets(run) for run in runs)]
     if asked is not None and asked not in shared:
         without = next((run for run in runs if asked not in _sets(run)), runs[0])
         where = f"{without.path}: no results on the evaluation set {asked!r}"
@@ -170,6 +176,14 @@ def _choose_set(runs: Sequence[RunFolder], asked: str | None) -> tuple[str, ...]
         raise ConfigError(problem("the runs share no evaluation set", got=each, expected="a set that all of them have"))
     chosen = asked if asked is not None else shared[0]
     return (chosen, *(name for name in shared if name != chosen))
+
+
+def _named_sets(config: Any) -> list[str]:
+    """The names of `data.val`, in its order; none where another data module has no such thing."""
+    data = config.get("data") if isinstance(config, Mapping) else None
+    data = data.get("init_args", data) if isinstance(data, Mapping) else None
+    given = data.get("val") if isinstance(data, Mapping) else None
+    return [str(s["name"]) for s in given if isinstance(s, Mapping) and "name" in s] if isinstance(given, list) else []
 
 
 def _measure(metric: str) -> ProblemMean:
@@ -184,18 +198,12 @@ def _measure(metric: str) -> ProblemMean:
 def _read(run: RunFolder, set_name: str, metric: str, measure: ProblemMean, ignore: Sequence[str]) -> ComparedRun:
     status = run.status()
     assert status is not None
-    try:
-        config = yaml.safe_load(run.config_yaml.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        got = " ".join(str(error).split())
-        raise DataError(
-            problem(f"{run.config_yaml}: cannot be read", got=got, expected="a canonical config")
-        ) from error
-    flat = dict(flatten(config))
+    flat = dict(flatten(_config(run)))
     prefix = f"val/{set_name}/"
+    logged_rows = read_metrics(run.metrics_csv)
     rows = [
         MetricsRow(step=r.step, values={n.removeprefix(prefix): v for n, v in r.values.items() if n.startswith(prefix)})
-        for r in read_metrics(run.metrics_csv)
+        for r in logged_rows
     ]
     logged = dict.fromkeys(name for row in rows for name in row.values)
     evaluated = {row.step for row in rows if math.isfinite(row.values.get(metric, math.nan))}
@@ -215,9 +223,20 @@ def _read(run: RunFolder, set_name: str, metric: str, measure: ProblemMean, igno
         settings={path: value for path, value in flat.items() if not _within(path, free)},
         metrics=[row for row in rows if row.values],
         step=step,
+        last_step=logged_rows[-1].step,
         results={index: value / weight if weight else math.nan for index, (value, weight) in measured.items()},
         problems={result.index: _identity(result) for result in results},
     )
+
+
+def _config(run: RunFolder) -> Any:
+    try:
+        return yaml.safe_load(run.config_yaml.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        got = " ".join(str(error).split())
+        raise DataError(
+            problem(f"{run.config_yaml}: cannot be read", got=got, expected="a canonical config")
+        ) from error
 
 
 def _last_results(file: Path, evaluated: set[int]) -> tuple[int | None, list[ProblemResult]]:

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit import embedded
-from distillkit.components import Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
+from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
 from distillkit.data import EvalBatch, PromptBatch, PromptData
 from distillkit.errors import ConfigError, DataError, ModelError, TrainingStopped, problem
 from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
@@ -28,8 +28,10 @@ from distillkit.models import (
     load_tokenizer,
     model_vocab_size,
 )
+from distillkit.schedules import unfinished
 from distillkit.training.backend import check_trainer
 from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.training.positions import beyond_positions, longest_sequences
 from distillkit.types import StepOutput
 
 __all__ = ["StudentModule", "at_least"]
@@ -105,6 +107,10 @@ class StudentModule(pl.LightningModule):
     def build(self, training: bool) -> None:
         """Make what the steps need, once the student is loaded and every part is set up."""
 
+    def schedules(self) -> Mapping[str, BetaScheduler]:
+        """Return the schedules of the steps by their YAML path."""
+        return {}
+
     def step_state(self) -> dict[str, Any]:
         """Return what the subclass adds to a checkpoint."""
         return {}
@@ -175,6 +181,7 @@ class StudentModule(pl.LightningModule):
         training = stage == "fit"
         if training:
             check_trainer(self.trainer)
+            self._note(unfinished(self.schedules(), self.trainer.max_steps))
         self._check_gold(training)
         self._info = self._student_info(training)
         for part in self.frozen.values() if training else ():
@@ -188,6 +195,7 @@ class StudentModule(pl.LightningModule):
         self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
         for component in self.components():
             component.setup(self._info)
+        self._note(beyond_positions(model.config, longest_sequences(self, training)))
         self.build(training)
 
     def teardown(self, stage: str) -> None:
@@ -229,6 +237,8 @@ class StudentModule(pl.LightningModule):
             logger.log_metrics(metrics, step=self.rollout_step)
         self.log_dict(metrics, logger=False, batch_size=1)
         self.last_output = output
+        # Lightning validates after the step that asks it to stop, and not after the one that max_steps ends.
+        self.trainer.should_stop |= 0 < self.trainer.max_steps <= self.rollout_step
         self._skipped_in_a_row = 0 if output.updates else self._skipped_in_a_row + output.skipped
         if self._skipped_in_a_row >= self.max_skipped_updates:
             where = (
@@ -320,6 +330,10 @@ class StudentModule(pl.LightningModule):
                 raise ConfigError(problem(where, got=now.get(key), expected=saved, hint="start a new run"))
         self.prompt_data.check_fingerprint(state["data"])
         self.prompt_data.start_cursor = self._cursor
+
+    def _note(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.print(f"Note: {line}")
 
     def _student_info(self, training: bool) -> StudentInfo:
         tokenizer = self.tokenizer

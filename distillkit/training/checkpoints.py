@@ -89,7 +89,8 @@ class LastCheckpoint(Callback):
 
     def _validates(self, trainer: pl.Trainer) -> bool:
         every = trainer.val_check_batch
-        return trainer.enable_validation and isinstance(every, int) and trainer.global_step % every == 0
+        last = trainer.should_stop and trainer.fit_loop._can_stop_early
+        return trainer.enable_validation and (last or (isinstance(every, int) and trainer.global_step % every == 0))
 
     def _save(self, trainer: pl.Trainer, due: bool = False) -> None:
         step = trainer.global_step

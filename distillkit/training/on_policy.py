@@ -157,6 +157,12 @@ class OnPolicyDistillation(StudentModule):
         frozen = list(self.frozen.values())
         return [part for part in self.parts.components() if part not in frozen]
 
+    def schedules(self) -> dict[str, BetaScheduler]:
+        """Return β, the reference's β and `model.schedules` by their YAML path."""
+        own = {"model.beta": self.parts.beta, "model.reference_beta": self.parts.reference_beta}
+        more = {f"model.schedules.{path}": schedule for path, schedule in self.parts.schedules.items()}
+        return {path: schedule for path, schedule in {**own, **more}.items() if schedule is not None}
+
     def build(self, training: bool) -> None:
         """Make the step."""
         self.step = DistillationStep(self.parts, self.settings, self.scorer, self.student_info)

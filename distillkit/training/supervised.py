@@ -124,6 +124,10 @@ class SupervisedModule(StudentModule):
         parts = (self.sampler, *self.rewards, self.divergence, self.beta)
         return [part for part in parts if part is not None]
 
+    def schedules(self) -> dict[str, BetaScheduler]:
+        """Return β by its YAML path."""
+        return {} if self.beta is None else {"model.beta": self.beta}
+
     def setup(self, stage: str) -> None:
         """Refuse evaluation sets that nothing could answer, then set up."""
         evaluates = stage != "fit" or self.trainer.enable_validation

@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_schedule_starts_anew(part: AdaptiveKL | RewardP
 def test_bad_controllers_are_refused(arguments: dict[str, Any], name: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         AdaptiveKL(**{"start": 1.0, "target": 0.5, **arguments})
-    assert str(error.value) == f"model.beta.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
+    assert str(error.value) == f"AdaptiveKL.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
 
 
 @pytest.mark.parametrize(
@@ -157,4 +157,4 @@ def test_bad_controllers_are_refused(arguments: dict[str, Any], name: str, expec
 def test_bad_progress_is_refused(arguments: dict[str, Any], name: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         RewardProgress(**{"start": 1.0, "end": 0.0, "high": 0.9, **arguments})
-    assert str(error.value) == f"model.beta.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
+    assert str(error.value) == f"RewardProgress.{name}\n    got:      {arguments[name]}\n    expected: {expected}"

@@ -10,6 +10,7 @@ import pytest
 from distillkit.betas.constant import Constant
 from distillkit.betas.cosine import Cosine
 from distillkit.betas.linear import Linear
+from distillkit.betas.reward_progress import RewardProgress
 from distillkit.betas.switch import Switch
 from distillkit.components import BetaScheduler
 from distillkit.errors import ConfigError
@@ -74,7 +75,7 @@ def test_schedules_that_never_end_are_refused(
 ) -> None:
     with pytest.raises(ConfigError) as error:
         cls(**{"start": 1.0, "end": 0.0, "steps": 5, **arguments})
-    assert str(error.value) == f"model.beta.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
+    assert str(error.value) == f"{cls.__name__}.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_line_has_a_length_or_a_slope(arguments: dict[str, Any], got: str) -> 
     with pytest.raises(ConfigError) as error:
         Linear(start=1.0, end=0.0, **arguments)
     assert str(error.value) == (
-        f"model.beta: a line needs its length or its slope\n    got:      {got}\n"
+        f"Linear: a line needs its length or its slope\n    got:      {got}\n"
         "    expected: one of steps and delta\n    try:      steps: 80"
     )
 
@@ -102,10 +103,32 @@ def test_a_line_has_a_length_or_a_slope(arguments: dict[str, Any], got: str) -> 
 def test_a_switch_that_never_comes_is_refused(arguments: dict[str, Any], name: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         Switch(**{"before": 1.0, "after": 0.0, "at": 5, **arguments})
-    assert str(error.value) == f"model.beta.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
+    assert str(error.value) == f"Switch.{name}\n    got:      {arguments[name]}\n    expected: {expected}"
 
 
 def test_constant_must_be_finite() -> None:
     with pytest.raises(ConfigError) as error:
         Constant(value=float("nan"))
-    assert str(error.value) == "model.beta.value\n    got:      nan\n    expected: a finite number"
+    assert str(error.value) == "Constant.value\n    got:      nan\n    expected: a finite number"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "needed"),
+    [
+        (Constant(value=1.0), 0),
+        (Linear(start=1.0, end=0.0, steps=80), 80),
+        (Linear(start=5e-3, end=1e-3, delta=5e-5), 80),
+        (Linear(start=0.0, end=1.0, delta=0.3), 4),
+        (Linear(start=1.0, end=1.0, delta=0.3), 0),
+        (Linear(start=1.0, end=0.0, delta=5e-324), None),
+        (Cosine(start=1.0, end=0.0, steps=80), 80),
+        (Switch(before=1.0, after=0.0, at=80), 81),
+        (Switch(before=1.0, after=0.0, at=0), 0),
+        (RewardProgress(start=1.0, end=0.0, high=1.0), None),
+    ],
+    ids=str,
+)
+def test_the_steps_until_the_last_value(schedule: BetaScheduler, needed: int | None) -> None:
+    assert schedule.steps_needed == needed
+    if needed is not None:
+        assert schedule.value(needed, {}) == schedule.value(10**6, {})

@@ -118,6 +118,30 @@ ONE_PROBLEM = [
         "    try:      steps\n",
     ),
     (
+        "model:\n  student: x\n  beta:\n    name: switch\n    before: 1\n    after: 0\n    at: -3\n",
+        "recipe.yaml, line 7, model.beta.at\n    got:      -3\n"
+        "    expected: a finite number of rollout steps, at least 0\n",
+    ),
+    (
+        "model:\n  student: x\n  schedules:\n    objective.clip_low: {name: cosine, start: .nan, end: 1, steps: 2}\n",
+        "recipe.yaml, line 4, model.schedules.objective.clip_low.start\n"
+        "    got:      nan\n    expected: a finite number\n",
+    ),
+    (
+        "model:\n  student: x\n  schedules:\n    policy_weight: {name: linear, start: 1, end: 0}\n",
+        "recipe.yaml, line 4, model.schedules.policy_weight: Linear: a line needs its length or its slope\n"
+        "    got:      neither steps nor delta\n    expected: one of steps and delta\n    try:      steps: 80\n",
+    ),
+    (
+        "model:\n  student: x\n  schedules:\n    policy_weight: {name: adaptive_kl, start: 20, target: 1}\n",
+        "recipe.yaml, line 4, model.schedules.policy_weight.start\n"
+        "    got:      20.0\n    expected: between min (0.0001) and max (10.0)\n",
+    ),
+    (
+        "model:\n  student: x\n  beta: .inf\n",
+        "recipe.yaml, line 3, model.beta.value\n    got:      inf\n    expected: a finite number\n",
+    ),
+    (
         "model:\n  student: x\n  rewards: [{class_path: tests.cli.stand_ins.length_penalty, scael: 2}]\n",
         "recipe.yaml, line 3, model.rewards[0].scael: the function tests.cli.stand_ins.length_penalty has no argument "
         "'scael'\n"

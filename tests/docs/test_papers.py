@@ -116,7 +116,8 @@ def test_rlkd_has_the_numbers_of_the_released_code(name: str, build: Any) -> Non
     parts, settings = cli.model.parts, cli.model.settings
     assert [reward.weight for reward in parts.rewards] == [15.0, 10.0, 15.0]
     assert parts.rewards[2].normalize == "none" and parts.rewards[2].coverage_weight == 0.0
-    assert (parts.sampler.group_size, parts.sampler.temperature, parts.sampler.max_new_tokens) == (4, 0.7, 4096)
+    new = 4096 if name == "rlkd" else 3072
+    assert (parts.sampler.group_size, parts.sampler.temperature, parts.sampler.max_new_tokens) == (4, 0.7, new)
     assert isinstance(parts.reference_divergence, K3) and parts.reference_beta.value(0, {}) == 0.04
     assert (settings.max_grad_norm, parts.objective.eps, settings.distil_temperature) == (0.2, 1e-4, 0.7)
     form = parts.rewards[1]
@@ -126,3 +127,16 @@ def test_rlkd_has_the_numbers_of_the_released_code(name: str, build: Any) -> Non
         False,
         False,
     ]
+
+
+POSITIONS = {"rlkd": 131_072, "rlkd_zero": 4_096}
+"""What the students declare: DeepSeek-R1-Distill-Qwen-7B, Qwen2.5-Math-7B."""
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_rlkds_sequences_fit_the_positions_of_their_students(name: str, build: Any) -> None:
+    cli = build(f"papers/rlkd/{name}")
+    new = cli.model.parts.sampler.max_new_tokens
+    answers = [eval_set.max_new_tokens or new for eval_set in cli.datamodule.val]
+    assert cli.datamodule.max_prompt_tokens + max(new, *answers) <= POSITIONS[name]
+    assert answers == ([32_768] * 2 if name == "rlkd" else [new] * 2)

@@ -18,6 +18,7 @@ from distillkit.reporting.compare import Group, Spread, compare_runs
 from distillkit.reporting.compare_plot import comparison_figure, group_curve, write_comparison_plot
 from distillkit.reporting.compare_report import aligned, markdown, sections
 from distillkit.reporting.compared_runs import flatten
+from distillkit.reporting.metrics import MetricsCSV
 from tests.reporting.made_runs import config, make_run
 
 Y, N = [True], [False]
@@ -138,6 +139,29 @@ def test_sets_are_chosen_by_name_and_others_are_named() -> None:
     assert compare_runs(["a", "b"], set_name="validation").set_name == "validation"
 
 
+def val(*names: str) -> dict[str, Any]:
+    return {"val": [{"name": name, "source": {"path": "p"}} for name in names]}
+
+
+def test_the_first_set_is_the_first_of_the_config_not_of_the_alphabet() -> None:
+    sets = ("held_out", "more", "validation")
+    make_run("a", {0: [Y]}, sets=sets, settings={**config(1), "data": val("validation", "held_out")})
+    make_run("b", {0: [Y]}, sets=sets, settings={**config(2), "data": val("held_out", "validation")})
+    own = {"class_path": "mine.Data", "init_args": val("more", "validation")}
+    make_run("c", {0: [Y]}, sets=("held_out", "validation"), settings={**config(3), "data": own})
+    assert compare_runs(["a", "b"]).set_name == "validation"
+    assert compare_runs(["a", "b"]).other_sets == ("held_out", "more")
+    assert compare_runs(["b", "a"]).set_name == "held_out"
+    assert compare_runs(["c", "a"]).set_name == "validation"
+    assert compare_runs(["a", "b"], set_name="more").other_sets == ("validation", "held_out")
+
+
+@pytest.mark.parametrize("data", [None, 7, {}, {"val": 7}, {"val": None}, {"val": ["x"]}, {"init_args": 7}])
+def test_a_config_without_named_sets_leaves_the_order_of_the_names(data: Any) -> None:
+    make_run("a", {0: [Y]}, sets=("validation", "held_out"), settings={**config(1), "data": data})
+    assert compare_runs(["a"]).set_name == "held_out"
+
+
 # ---- what it looks like
 
 
@@ -175,6 +199,21 @@ def test_unfinished_runs_and_one_run_alone_say_so() -> None:
     assert against == ["  No other group."]
     make_run("b", {0: [Y, N]}, settings=config(2))
     assert aligned(sections(compare_runs(["a", "b"]))[1]) == ["  Nothing but the seed."]
+
+
+def test_evaluations_that_are_not_of_the_last_step_say_so() -> None:
+    make_run("a", {0: [N, N], 5: [Y, N]}, settings=config(1), name="kdrl")
+    make_run("b", {0: [N, N], 5: [Y, N], 8: [Y, Y]}, settings=config(2), name="kdrl")
+    make_run("c", {0: [N, N], 8: [Y, N]}, settings=config(1, 0.0), name="grpo")
+    MetricsCSV(folder="a").log_metrics({"train/reward": 0.5}, step=7)
+    found = compare_runs(["a", "b", "c"])
+    assert [run.last_step for run in found.runs] == [7, 8, 8]
+    runs, _, results, _ = (aligned(section) for section in sections(found))
+    assert runs[-1] == ("  Trained on after the last evaluation: a (step 5 of 7); the results are not the final ones.")
+    assert "  Evaluated at different steps: kdrl 5 to 8, grpo 8." in results
+    runs, _, results, _ = (aligned(section) for section in sections(compare_runs(["b", "c"])))
+    assert not any("Trained on" in line for line in runs)
+    assert not any("different steps" in line for line in results)
 
 
 def test_the_page_holds_every_table_and_the_plot() -> None:
