@@ -17,7 +17,7 @@ TIERS = [
     {"components", "registry", "embedded"},
     {"models"},
     {"samplers", "teachers", "rewards", "divergences", "betas", "maskers", "objectives"},
-    {"backends", "clock", "meters", "refusals", "update", "step"},
+    {"backends", "clock", "meters", "refusals", "per_token", "update", "step"},
     {"training", "data", "evaluation", "reporting"},
     {"runs"},
     {"cli", "__main__"},
