@@ -6,6 +6,7 @@ gradient: every denominator is counted over the whole update and all ranks befor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,9 +21,12 @@ from distillkit.functional.objectives import importance_weights
 from distillkit.functional.packing import micro_batches
 from distillkit.meters import Meters
 from distillkit.models import ScorePlan
+from distillkit.per_token import PerTokenRecord
 from distillkit.types import RewardOutput, RolloutBatch, SamplingSettings, StudentScores, TeacherScores, TokenWeights
 
 __all__ = ["PreparedBatch", "StepContext", "StepSettings", "UpdateResult", "old_policy_scores", "update"]
+
+_Outcome = Literal["stepped", "not finite", "nothing to learn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,10 @@ class PreparedBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpdateResult:
-    """`per_token`: name -> [N, L] float32, NaN where not computed; `tokens` sent through the student."""
+    """`per_token`: name -> [N, L] float32, NaN where not computed; `tokens` sent through the student.
+
+    `skipped` updates were not finite; neither they nor updates without anything to learn from count as `updates`.
+    """
 
     per_token: Mapping[str, Tensor]
     updates: int
@@ -108,12 +115,16 @@ class UpdateResult:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Coefficients:
-    """The detached factor [N, L] of each loss term, and the rollouts [n] for which any of them is not 0."""
+    """The detached factor [N, L] of each loss term.
+
+    `learning` [N] marks the rollouts with a factor that is not 0, `sent` [n] lists those that go through the student.
+    """
 
     policy: Tensor
     distil: Tensor
     reference: Tensor
-    active: Tensor
+    learning: Tensor
+    sent: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,15 +147,21 @@ class _MicroBatch:
 def update(
     batch: PreparedBatch, settings: StepSettings, device: torch.device, backend: StepBackend, meters: Meters
 ) -> UpdateResult:
-    """Run `inner_epochs × minibatches` optimizer steps on one batch; a non-finite one is dropped on every rank."""
-    record = _Record(batch)
-    updates = skipped = tokens = 0
+    """Run `inner_epochs × minibatches` optimizer steps on one batch.
+
+    One that is not finite on some rank, or from which no rank has anything to learn, is dropped on every rank: an
+    optimizer with momentum or weight decay would move the weights on a gradient of 0 too. Metrics are means over the
+    tokens of rollouts that are learned from, whether or not the others are sent through the student.
+    """
+    record = PerTokenRecord(batch)
+    outcomes: Counter[_Outcome] = Counter()
+    tokens = 0
     for epoch in range(settings.inner_epochs):
         for rows in _minibatches(batch, settings, epoch):
             first = epoch == 0
             coefficients = _coefficients(batch, settings, rows, backend)
             total = torch.zeros((), dtype=torch.float64, device=device)
-            parts = list(_split(batch.rollouts, coefficients.active, settings, backend))
+            parts = list(_split(batch.rollouts, coefficients.sent, settings, backend))
             for i, part in enumerate(parts):
                 loss, scores = _loss(batch, settings, coefficients, part, backend, meters if first else Meters())
                 backend.backward(loss * backend.world_size, last=i == len(parts) - 1)
@@ -153,9 +170,10 @@ def update(
                     tokens += int(batch.rollouts.lengths[part.index].sum())
                     if first:
                         record.keep(part.index, scores)
-            done = _finish(total, settings, backend, meters)
-            updates, skipped = updates + done, skipped + (not done)
-    meters.add_count("train/skipped_updates", skipped / backend.world_size)
+            outcomes[_finish(total, coefficients.learning, settings, backend, meters)] += 1
+    meters.add_count("train/skipped_updates", outcomes["not finite"] / backend.world_size)
+    meters.add_count("train/empty_updates", outcomes["nothing to learn"] / backend.world_size)
+    updates, skipped = outcomes["stepped"], outcomes["not finite"]
     return UpdateResult(per_token=record.grids, updates=updates, skipped=skipped, tokens=tokens)
 
 
@@ -233,8 +251,9 @@ def _coefficients(batch: PreparedBatch, settings: StepSettings, rows: Tensor, ba
     rewarded = batch.advantages * batch.weights.policy != 0
     learns = rewarded | (taught & (batch.weights.distil * context.beta != 0) if inline else nothing)
     active = ((policy != 0) & learns) | (distil != 0) | (reference != 0)
-    keep = active.any(dim=1) if settings.skip_zero_weight else rows
-    return _Coefficients(policy=policy, distil=distil, reference=reference, active=keep.nonzero().squeeze(1))
+    learning = active.any(dim=1)
+    sent = (learning if settings.skip_zero_weight else rows).nonzero().squeeze(1)
+    return _Coefficients(policy=policy, distil=distil, reference=reference, learning=learning, sent=sent)
 
 
 def _distil_aggregation(settings: StepSettings, objective: PolicyObjective | None) -> Aggregation:
@@ -280,7 +299,7 @@ def _loss(
     cut = (index, slice(None, length))
     teacher = None if batch.teacher is None else batch.teacher.select(index, length)
     old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[cut]
-    real = scores.loss_mask & part.real
+    learned = scores.loss_mask & coefficients.learning[index, None] & part.real
     loss = (scores.logprobs.sum() + scores.distil_logprobs.sum()) * 0.0
     divergence = scores.divergence if frozen is None else frozen[cut]
     correction = _off_policy(batch, settings, scores, old, cut)
@@ -289,15 +308,15 @@ def _loss(
         policy = context.objective.loss(scores, old, teacher, advantages)
         factor = coefficients.policy[cut] * correction.policy * part.real
         loss = loss + _weighted(policy, factor)
-        counted = real & (coefficients.policy[cut] != 0)
+        counted = learned & (coefficients.policy[cut] != 0)
         for name, values in context.objective.diagnostics(scores, old, teacher, advantages).items():
             meters.add(f"train/{name}", values, counted)
     if divergence is not None:
-        counted = real if teacher is None else real & teacher.valid
+        counted = learned if teacher is None else learned & teacher.valid
         meters.add("train/divergence", divergence, counted)
         loss = loss + _weighted(divergence, coefficients.distil[cut] * correction.distil * part.real)
     if scores.reference_divergence is not None:
-        meters.add("train/reference_divergence", scores.reference_divergence, real)
+        meters.add("train/reference_divergence", scores.reference_divergence, learned)
         factor = coefficients.reference[cut] * correction.reference * part.real
         loss = loss + _weighted(scores.reference_divergence, factor)
     meters.add_count("train/loss", float(loss.detach()))
@@ -341,52 +360,16 @@ def _off_policy(
     return _Correction(policy=policy, distil=distil, reference=reference)
 
 
-def _finish(total: Tensor, settings: StepSettings, backend: StepBackend, meters: Meters) -> bool:
-    """Clip and step, unless loss or gradient is not finite on any rank; return whether the optimizer stepped."""
+def _finish(total: Tensor, learning: Tensor, settings: StepSettings, backend: StepBackend, meters: Meters) -> _Outcome:
+    """Clip and step, unless loss or gradient is not finite on some rank or no rank has anything to learn."""
     norm = backend.clip_and_norm(settings.max_grad_norm)
     finite = torch.isfinite(total) & torch.isfinite(norm)
-    if not bool(backend.all_reduce(finite.to(torch.int64).reshape(1), "min")[0]):
-        backend.zero_grad()
-        return False
-    meters.add_sum("train/grad_norm", float(norm), 1.0)
-    backend.optimizer_step()
+    votes = torch.stack([finite, ~learning.any()]).to(torch.int64)
+    all_finite, none_learns = backend.all_reduce(votes, "min").tolist()
+    if all_finite and not none_learns:
+        meters.add_sum("train/grad_norm", float(norm), 1.0)
+        backend.optimizer_step()
     backend.zero_grad()
-    return True
-
-
-class _Record:
-    """Per-token values of the first inner epoch, for the rollout file."""
-
-    def __init__(self, batch: PreparedBatch) -> None:
-        shape = batch.rollouts.tokens.shape
-        blank = torch.full(shape, float("nan"), device=batch.rollouts.tokens.device)
-        self.grids: dict[str, Tensor] = {
-            "student_logprobs": blank.clone(),
-            "old_logprobs": blank.clone() if batch.old_logprobs is None else batch.old_logprobs,
-            "policy_weight": batch.weights.policy,
-            "distil_weight": batch.weights.distil,
-            "advantages": batch.advantages,
-        }
-        self._own_old = batch.old_logprobs is None
-        for name, scores in (("teacher", batch.teacher), ("reference", batch.reference)):
-            if scores is not None:
-                known = blank if scores.sampled is None else scores.sampled.masked_fill(~scores.valid, float("nan"))
-                self.grids[f"{name}_logprobs"] = known.clone()
-        if batch.plan.divergence is not None:
-            self.grids["divergence"] = blank.clone() if batch.frozen_divergence is None else batch.frozen_divergence
-        if batch.plan.distil_temperature != batch.plan.sampling_temperature:
-            self.grids["distil_logprobs"] = blank.clone()
-
-    def keep(self, index: Tensor, scores: StudentScores) -> None:
-        found = {
-            "student_logprobs": scores.logprobs,
-            "distil_logprobs": scores.distil_logprobs,
-            "divergence": scores.divergence,
-        }
-        if self._own_old:
-            found["old_logprobs"] = scores.logprobs
-        if scores.teacher_logprobs is not None:
-            found["teacher_logprobs"] = scores.teacher_logprobs
-        for name, values in found.items():
-            if values is not None and name in self.grids:
-                self.grids[name][index, : values.shape[1]] = values.detach().to(self.grids[name].dtype)
+    if not all_finite:
+        return "not finite"
+    return "nothing to learn" if none_learns else "stepped"

@@ -31,10 +31,15 @@ def test_a_recipe_is_accepted_and_spelled_out(name: str, capsys: pytest.CaptureF
 def test_a_small_recipe_runs_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     few = ["--data.val.0.source.limit", "4", "--data.val.1.source.limit", "4", "--trainer.val_check_interval", "2"]
+    if name == "small/zero_rl":
+        base = ["fit", "--config", "small/zero_rl_base", "--run_dir", "runs/zero_rl_base", "--trainer.max_steps", "2"]
+        assert main([*base, *few]) == 0
     assert main(["fit", "--config", name, "--run_dir", "run", "--trainer.max_steps", "2", *few]) == 0
     rows = read_metrics(Path("run/metrics.csv"))
     assert [row.step for row in rows] == [0, 1, 2]
     assert all(row.values["train/grad_norm"] > 0 for row in rows[1:])
+    if "\n  minibatches: " in recipes()[name].read_text():
+        assert all(row.values["train/ratio"] != 1 for row in rows[1:]), "every update is on-policy: no clip can bind"
     assert rows[2].values["train/completion_tokens"] > 0
     assert rows[2].values["val/held_out/pass@1"] >= 0
     assert Path("run/student/model.safetensors").exists()

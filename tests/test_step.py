@@ -200,16 +200,6 @@ def test_zero_weight_rollouts_are_not_sent_through_the_student() -> None:
     assert sum(backend.forwards) == int(needed)
 
 
-def test_all_zero_weights_give_zero_gradients_and_the_optimizer_still_steps() -> None:
-    class Equal(RewardFn):
-        def __call__(self, rollouts: RolloutBatch) -> RewardOutput:
-            return RewardOutput.single("equal", [0.1] * len(rollouts))
-
-    found, _, output = gradient(build(objective=GRPO(), rewards=[Equal()]))
-    assert output.updates == 1
-    assert torch.count_nonzero(found) == 0
-
-
 def test_the_distillation_weight_changes_the_gradient() -> None:
     one = gradient(kdrl())[0]
     other = gradient(kdrl(beta=Constant(value=0.6)))[0]
@@ -355,6 +345,38 @@ def test_the_gap_is_recorded_at_the_temperature_of_the_teacher() -> None:
     expected = (full_logits(toy.model(0), output.rollouts) / 2.0).log_softmax(-1).gather(-1, ids)[:, 0]
     torch.testing.assert_close(output.per_token["distil_logprobs"][mask], expected.detach(), rtol=0, atol=1e-5)
     assert "distil_logprobs" not in gradient(kdrl())[2].per_token
+
+
+@pytest.mark.parametrize("objective", [GRPO(), TRRD(alpha=0.5)])
+def test_metrics_do_not_depend_on_whether_rollouts_without_weight_are_sent(objective: PolicyObjective) -> None:
+    def metrics(skip: bool) -> dict[str, float]:
+        slots: Any = {"masker": ResponseLevel(), "sampler": toy.RandomSampler(group_size=4, max_new_tokens=8)}
+        settings = StepSettings(skip_zero_weight=skip)
+        step = build(objective=objective, divergence=K2(), rewards=[EvenDigits()], settings=settings, **slots)
+        _, backend, output = gradient(step)
+        assert (sum(backend.forwards) < len(output.rollouts)) == skip
+        return {k: v for k, v in output.metrics.items() if k.startswith("train/")}
+
+    skipping, sending = metrics(skip=True), metrics(skip=False)
+    assert {"train/divergence", "train/loss"} < set(skipping) == set(sending)
+    assert skipping == pytest.approx(sending, rel=1e-5)
+
+
+class Equal(RewardFn):
+    """The same for all; 0.1 is a number that a mean in float32 need not give back."""
+
+    def __call__(self, rollouts: RolloutBatch) -> RewardOutput:
+        return RewardOutput.single("equal", [0.1] * len(rollouts))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_without_anything_to_learn_the_optimizer_stands_still(skip: bool) -> None:
+    step = build(objective=GRPO(), rewards=[Equal()], settings=StepSettings(minibatches=2, skip_zero_weight=skip))
+    before = [p.clone() for p in step.scorer.parameters()]
+    decaying = torch.optim.AdamW(step.scorer.parameters(), lr=0.1, weight_decay=0.5)
+    output = step.run(toy.requests(PROMPTS), step=0, backend=LocalBackend(step.scorer, decaying))
+    assert (output.updates, output.skipped, output.metrics["train/empty_updates"]) == (0, 0, 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, step.scorer.parameters(), strict=True))
 
 
 def test_phases_are_timed_and_rollout_rows_line_up() -> None:

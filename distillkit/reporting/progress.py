@@ -20,6 +20,7 @@ __all__ = ["StepProgress"]
 
 _SHOWN = (
     ("train/reward", "reward {:.3f}"),
+    ("train/unscored", "unscored {:.0f}"),
     ("train/divergence", "divergence {:.3f}"),
     ("train/completion_length", "length {:.1f}"),
     ("tokens_per_second/step", "{:,.0f} tok/s"),
@@ -247,7 +248,10 @@ class StepProgress(ProgressBar):
 
 
 def _words(metrics: Mapping[str, Any]) -> list[str]:
-    return [words.format(float(metrics[name])) for name, words in _SHOWN if name in metrics]
+    shown = {name: float(metrics[name]) for name, _ in _SHOWN if name in metrics}
+    if not shown.get("train/unscored"):
+        shown.pop("train/unscored", None)
+    return [words.format(shown[name]) for name, words in _SHOWN if name in shown]
 
 
 def _steps_done(trainer: Trainer, pl_module: LightningModule) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from distillkit import embedded
 from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
 from distillkit.data import EvalBatch, PromptBatch, PromptData
-from distillkit.errors import ConfigError, DataError, ModelError, TrainingStopped, problem
+from distillkit.errors import ConfigError, DataError, ModelError, problem
 from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
 from distillkit.models import (
     Dtype,
@@ -31,6 +31,7 @@ from distillkit.models import (
 from distillkit.schedules import unfinished
 from distillkit.training.backend import check_trainer
 from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.training.fruitless import FruitlessSteps
 from distillkit.training.positions import beyond_positions, longest_sequences
 from distillkit.types import StepOutput
 
@@ -50,7 +51,7 @@ class StudentModule(pl.LightningModule):
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: over the trainable parameters.
         lr_scheduler: stepped once per step.
-        max_skipped_updates: stop after so many dropped updates in a row.
+        max_skipped_updates: stop after so many dropped updates, or steps without any reward, in a row.
         validate_at_start: evaluate before the first step.
     """
 
@@ -92,7 +93,7 @@ class StudentModule(pl.LightningModule):
         self.last_results: dict[str, list[ProblemResult]] = {}
         self.bad_gold: list[str] = []
         self._cursor = 0
-        self._skipped_in_a_row = 0
+        self._fruitless = FruitlessSteps(self.max_skipped_updates)
         self._random: Mapping[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._info: StudentInfo | None = None
@@ -239,13 +240,7 @@ class StudentModule(pl.LightningModule):
         self.last_output = output
         # Lightning validates after the step that asks it to stop, and not after the one that max_steps ends.
         self.trainer.should_stop |= 0 < self.trainer.max_steps <= self.rollout_step
-        self._skipped_in_a_row = 0 if output.updates else self._skipped_in_a_row + output.skipped
-        if self._skipped_in_a_row >= self.max_skipped_updates:
-            where = (
-                f"step {self.rollout_step}: {self._skipped_in_a_row} updates in a row had a non-finite loss or gradient"
-            )
-            hint = "a lower learning rate or model.beta; checkpoints/last.ckpt is from before or holds the same weights"
-            raise TrainingStopped(problem(where, got="NaN or Inf", expected="finite numbers", hint=hint))
+        self._fruitless.count(output, self.rollout_step)
 
     def on_validation_epoch_start(self) -> None:
         """Start empty metrics for every evaluation set, and hand the sampler the weights."""
@@ -304,7 +299,7 @@ class StudentModule(pl.LightningModule):
         checkpoint["distillkit"] = {
             "rollout_step": self.rollout_step,
             "cursor": self._cursor,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "skipped_in_a_row": self._fruitless.skipped,
             "step": self.step_state(),
             "random": random_states(),
             "models": self.fingerprint(),
@@ -320,7 +315,7 @@ class StudentModule(pl.LightningModule):
         self.rollout_step, self._cursor = state["rollout_step"], state["cursor"]
         if self.trainer.state.fn != "fit":
             return
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._fruitless.skipped = state["skipped_in_a_row"]
         self._random = state["random"]
         self.load_step_state(state["step"])
         now = self.fingerprint()

@@ -71,7 +71,7 @@ class OnPolicyDistillation(StudentModule):
         gradient_checkpointing: recompute the student's layers in the backward pass.
         optimizer: over the student's trainable parameters.
         lr_scheduler: stepped once per rollout step.
-        max_skipped_updates: stop after so many non-finite updates in a row.
+        max_skipped_updates: stop after so many non-finite updates, or steps without any reward, in a row.
         validate_at_start: evaluate before the first step.
     """
 

@@ -66,9 +66,15 @@ def test_every_baseline_and_variant_of_the_papers_is_there() -> None:
         "kdrl/kdrl_response_mask",
         "kdrl/kdrl_topk",
         "kdrl/reward_shaping",
+        "kdrl/sft",
         "kdrl/zero_rl",
+        "rlad/alpha_ablation",
         "rlad/logic_0_6b",
+        "rlad/logic_0_6b_grpo",
+        "rlad/logic_0_6b_kdrl",
         "rlad/logic_1_7b",
+        "rlad/math_1_5b_distill",
+        "rlad/math_1_7b",
         "rlad/math_1_7b_base",
         "rlad/math_8b_base",
         "rlkd/gsrm",
@@ -99,7 +105,18 @@ def test_kdrl_has_the_published_numbers(name: str, build: Any) -> None:
     assert module.settings.distill_through == "loss" and parts.reference is None
 
 
-@pytest.mark.parametrize("name", ["logic_0_6b", "logic_1_7b", "math_1_7b_base", "math_8b_base"])
+RLAD = (
+    "alpha_ablation",
+    "logic_0_6b",
+    "logic_1_7b",
+    "math_1_5b_distill",
+    "math_1_7b",
+    "math_1_7b_base",
+    "math_8b_base",
+)
+
+
+@pytest.mark.parametrize("name", RLAD)
 def test_rlad_has_the_published_numbers(name: str, build: Any) -> None:
     cli = build(f"papers/rlad/{name}")
     objective = cli.model.parts.objective
@@ -108,6 +125,19 @@ def test_rlad_has_the_published_numbers(name: str, build: Any) -> None:
     assert (objective.aggregation, objective.correction, objective.eps) == ("sequence", 0, 0.0)
     assert cli.model.parts.divergence is None and cli.model.sampler.group_size == 8
     assert cli.canonical["model"]["optimizer"]["init_args"]["lr"] == 1e-6
+
+
+def test_the_baselines_of_rlad_differ_from_it_in_the_objective_alone(build: Any) -> None:
+    rlad, grpo, kdrl = (build(f"papers/rlad/logic_0_6b{end}") for end in ("", "_grpo", "_kdrl"))
+    ours = rlad.model.parts.objective
+    for other in (grpo, kdrl):
+        assert other.canonical["data"] == rlad.canonical["data"]
+        assert other.canonical["model"]["sampler"] == rlad.canonical["model"]["sampler"]
+        theirs = other.model.parts.objective
+        for name in ("aggregation", "clip_low", "clip_high", "correction", "eps"):
+            assert getattr(theirs, name) == getattr(ours, name)
+    assert grpo.model.parts.teacher is None and grpo.model.parts.divergence is None
+    assert isinstance(kdrl.model.parts.divergence, K2) and kdrl.model.parts.beta.value(0, {}) == 2e-3
 
 
 @pytest.mark.parametrize("name", ["rlkd", "rlkd_zero"])

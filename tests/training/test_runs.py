@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillkit import embedded
 from distillkit.cli.main import main
+from distillkit.components import RewardFn
 from distillkit.divergences.sampled import K2
 from distillkit.reporting.rollouts import read_rollouts
-from distillkit.types import TokenScores
+from distillkit.types import RewardOutput, RolloutBatch, TokenScores
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,13 @@ class BreaksAtThird(K2):
         type(self).calls += 1
         value = super().__call__(student, teacher)
         return value * float("nan") if self.calls > 2 else value
+
+
+class NeverScores(RewardFn):
+    """A reward whose judge never answers."""
+
+    def __call__(self, rollouts: RolloutBatch) -> RewardOutput:
+        return RewardOutput.single("judge", [None] * len(rollouts), status=["undecided"] * len(rollouts))
 
 
 def rows() -> list[dict[str, str]]:
@@ -190,6 +198,24 @@ def test_nan_losses_are_skipped_and_then_stop_the_run_with_its_last_checkpoint(
     saved = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert saved["distillkit"]["rollout_step"] == 4
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+
+
+def test_a_run_without_any_reward_says_so_and_stops(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logging.raiseExceptions", False)  # Lightning's handler holds another test's stderr
+    rewards = ["--model.rewards", json.dumps([{"class_path": f"{__name__}.NeverScores"}])]
+    length = ["--trainer.max_steps", "20", "--trainer.val_check_interval", "100"]
+    assert main(["fit", *SMALL, *length, *rewards, "--model.max_skipped_updates", "2"]) == 1
+    said = capsys.readouterr()
+    assert said.err == (
+        "TrainingStopped: step 2: no rollout of 2 steps in a row could be scored\n"
+        "    got:      undecided/judge 16\n"
+        "    expected: rewards\n"
+        "    try:      model.rewards: the warnings above say why, such as a server that is down or a deadline too "
+        "short\n"
+    )
+    assert "step 1/20  unscored 16  divergence" in said.out
 
 
 @pytest.mark.parametrize(
