@@ -208,7 +208,7 @@ def test_the_problem_is_the_prompt_or_a_column() -> None:
     )
 
 
-def test_rows_without_a_trace_are_refused_at_the_start() -> None:
+def test_rows_without_a_trace_are_named_at_the_start() -> None:
     rows = [
         {"teacher_trace": "mqa"},
         {"teacher_trace": ""},
@@ -227,6 +227,12 @@ def test_rows_without_a_trace_are_refused_at_the_start() -> None:
     assert made.check_rows(rows) == [(1, empty), (2, empty), (3, empty), (4, no_text), (5, empty), (6, absent)]
     assert StructureReward(decomposer=Letters(), without_trace="skip").check_rows(rows) == [(4, no_text)]
     assert StructureReward(decomposer=Letters(), trace="chain").check_rows([{"chain": "mqa"}]) == []
+
+
+def test_rows_without_a_trace_are_undecided() -> None:
+    for made in (reward(), reward(without_trace="undecided")):
+        for row in ({"teacher_trace": None}, {"teacher_trace": " "}):
+            assert outcome(made, ["mqa", ""], row) == ([None, None], ["undecided"] * 2)
 
 
 def test_rows_without_a_trace_may_skip_the_reward() -> None:
@@ -262,7 +268,7 @@ def test_models_are_opened_and_closed_with_the_reward() -> None:
     ("arguments", "text"),
     [
         ({"normalize": "steps"}, "normalize\n    got:      'steps'\n    expected: none or teacher_steps"),
-        ({"without_trace": "drop"}, "without_trace\n    got:      'drop'\n    expected: refuse or skip"),
+        ({"without_trace": "drop"}, "without_trace\n    got:      'drop'\n    expected: undecided or skip"),
         ({"coverage_weight": -0.1}, "coverage_weight\n    got:      -0.1\n    expected: at least 0"),
         ({"think_end": ""}, "think_end\n    got:      ''\n    expected: text, such as </think>, or null"),
     ],
