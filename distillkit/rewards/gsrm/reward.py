@@ -105,9 +105,15 @@ class StructureReward(RewardFn):
         self._told: set[str] = set()
 
     def setup(self, student: StudentInfo) -> None:
-        """Load the models or open the connections, and the cache's folder."""
+        """Load the models or open the connections, and the cache's folder; send each server one tiny request.
+
+        Raises:
+            ConfigError: a server that nobody runs, or that refuses the key, the model or the path.
+        """
         self.decomposer.setup(student.device)
         self.judge.setup(student.device)
+        self.decomposer.probe()
+        self.judge.probe()
         folder = None if self.cache_dir is None else Path(self.cache_dir).expanduser()
         self._decompositions = Decompositions(self.decomposer, folder)
 
