@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 
 from distillkit.data.sources import DataSource, SourceRows, read_source
-from distillkit.errors import ConfigError, DataError, ScoringError, problem
+from distillkit.errors import ConfigError, DataError, ModelError, ScoringError, problem
+from distillkit.rewards.gsrm.chat_client import NOT_ASKED
 from distillkit.rewards.gsrm.decomposer import Decomposer, Item, Undecided
 from distillkit.rewards.gsrm.local import LocalDecomposer
 from distillkit.rewards.gsrm.server import ServerDecomposer
@@ -54,10 +57,12 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(list(argv))
     if options.chunk < 1:
         raise ConfigError(problem("--chunk", got=options.chunk, expected="at least 1"))
-    decomposer = _decomposer(options)
+    with _named_by_flag():
+        decomposer = _decomposer(options)
     rows = read_source(DataSource(path=options.input, limit=options.limit), "--input")
     items = list(_items(rows, options.problem_column, options.trace_column, options.think_end or None))
-    decomposer.setup(torch.device("cpu" if not torch.cuda.is_available() else "cuda"))
+    with _named_by_flag():
+        decomposer.setup(torch.device("cpu" if not torch.cuda.is_available() else "cuda"))
     try:
         report = label(items, decomposer, Path(options.output), chunk=options.chunk)
     finally:
@@ -112,9 +117,10 @@ def label(items: Sequence[Item], decomposer: Decomposer, output: Path, *, chunk:
             report.left_out.update(failure.reason for failure in failed)
             if failed and not good and not any(failure.lasting for failure in failed):
                 what = f"distillkit decompose: the server failed for all of {len(failed)} traces"
-                hint = "run the same command again: what is written is not asked again"
-                kept = f"{failed[0]}; {report.written} rows were written before"
-                raise ScoringError(problem(what, got=kept, expected="a server that answers", hint=hint))
+                cause = next((failure for failure in failed if failure.reason != NOT_ASKED), failed[0])
+                expected, hint = _advice(cause.status)
+                kept = f"{cause}; {report.written} rows were written before"
+                raise ScoringError(problem(what, got=kept, expected=expected, hint=hint))
             if time.monotonic() - told > _EVERY_S:
                 told = time.monotonic()
                 asked = start + len(part)
@@ -160,6 +166,32 @@ def _done(output: Path) -> set[str]:
     return done
 
 
+def _advice(status: int | None) -> tuple[str, str]:
+    """What is expected of a server that failed with this HTTP status, and what to do."""
+    if status in (401, 403):
+        return "a key that the server takes", "the right key in the environment variable of --api-key-env"
+    if status is not None and (status == 404 or 300 <= status < 400):
+        return "a model and an address that the server knows", "check --model and --server"
+    if status in (400, 413, 422):
+        return "a request that the server takes", "check --model, --max-new-tokens and --extra-body"
+    return "a server that answers", "run the same command again: what is written is not asked again"
+
+
+@contextlib.contextmanager
+def _named_by_flag() -> Iterator[None]:
+    """Raise the decomposer's errors with the flags of this command in place of a config's arguments."""
+    try:
+        yield
+    except (ConfigError, DataError, ModelError) as error:
+        text = re.sub(r"model\.rewards: gsrm\.decomposer\.(\w+)", lambda found: _flag(found[1]), str(error))
+        raise type(error)(text) from error
+
+
+def _flag(argument: str) -> str:
+    others = {"base_url": "server", "path": "local", "timeout_s": "timeout", "backoff_s": "backoff"}
+    return f"--{others.get(argument, argument).replace('_', '-')}"
+
+
 def _decomposer(options: argparse.Namespace) -> Decomposer:
     if (options.server is None) == (options.local is None):
         where = "distillkit decompose: who takes the traces apart?"
@@ -168,10 +200,8 @@ def _decomposer(options: argparse.Namespace) -> Decomposer:
     if options.local is not None:
         for name in ("model", "examples", "api_key_env", "extra_body"):
             if getattr(options, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(
-                    problem(f"distillkit decompose: {flag} is for a server", got="--local", hint="--server")
-                )
+                what = f"distillkit decompose: {_flag(name)} is for a server"
+                raise ConfigError(problem(what, got="--local", hint="--server"))
         return LocalDecomposer(path=options.local, **_given(max_new_tokens=options.max_new_tokens))
     if options.model is None:
         expected = "the name of a model on the server"
@@ -223,7 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--think-end", default="</think>", metavar="TEXT", help="only what stands before it is taken apart")
     add("--examples", metavar="FILE", help="JSONL file with problem, trace and decomposition, shown to the model first")
     add("--limit", type=int, metavar="N", help="only the first N rows")
-    add("--max-new-tokens", type=int, metavar="N", help="of one decomposition")
+    longest = "of one decomposition (default: 8192 of a server, 1024 or half its context of a local model)"
+    add("--max-new-tokens", type=int, metavar="N", help=longest)
     add("--api-key-env", metavar="VARIABLE", help="environment variable with the server's key")
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds for one answer (default: 300)")
     add("--retries", type=int, default=3, metavar="N", help="further tries after a failed one (default: 3)")

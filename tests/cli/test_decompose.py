@@ -17,6 +17,7 @@ from distillkit.data.prompts import prepare_prompts
 from distillkit.data.sources import read_source
 from distillkit.decomposition import Decomposition, ReasoningStep, messages, parse, render
 from distillkit.errors import ScoringError
+from distillkit.rewards.gsrm.chat_client import NOT_ASKED
 from distillkit.rewards.gsrm.decomposer import Decomposer, Item, Undecided
 from distillkit.testing import char_tokenizer
 from tests.rewards.gsrm import markov
@@ -89,7 +90,8 @@ def test_the_same_command_continues(capsys: pytest.CaptureFixture[str]) -> None:
     with chat_server(answers) as server:
         assert served(server.url, "--limit", "1") == 0
         assert served(server.url) == 0
-        assert [words.rsplit("\n", 1)[1] for words in server.last_words] == ["one", "two", "odd"]
+        asked = [words.rsplit("\n", 1)[1] for words in server.last_words]
+        assert asked[0] == "one" and sorted(asked[1:]) == ["odd", "two"]  # these two at once
         assert served(server.url) == 0
     assert len(rows()) == 2
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("rows")] == [
@@ -139,6 +141,67 @@ def test_a_server_that_goes_away_stops_the_command_and_keeps_what_is_written(
     assert served(nobody()) == 0  # nothing is left to ask
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "hint"),
+    [
+        (
+            Answer("wrong key", status=401),
+            "a key that the server takes",
+            "the right key in the environment variable of --api-key-env",
+        ),
+        (
+            Answer("no such model", status=404),
+            "a model and an address that the server knows",
+            "check --model and --server",
+        ),
+        (
+            Answer("moved", status=301, headers={"Location": "/"}),
+            "a model and an address that the server knows",
+            "check --model and --server",
+        ),
+        (
+            Answer("too many tokens", status=400),
+            "a request that the server takes",
+            "check --model, --max-new-tokens and --extra-body",
+        ),
+    ],
+    ids=lambda value: str(value.status) if isinstance(value, Answer) else "",
+)
+def test_a_server_that_refuses_is_said_with_what_to_change(
+    answer: Answer, expected: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces(*(f"trace {i}" for i in range(20)))
+    with chat_server([answer]) as server:
+        assert served(server.url, "--concurrency", "2") == 1
+    assert capsys.readouterr().err.endswith(
+        "ScoringError: distillkit decompose: the server failed for all of 20 traces\n"
+        f'    got:      HTTP {answer.status}: "{answer.body}"; 0 rows were written before\n'
+        f"    expected: {expected}\n    try:      {hint}\n"
+    )
+    assert len(server.asked) <= 2 or answer.status not in (401, 404)
+
+
+class Down(Decomposer):
+    """The first trace of a call was not asked, the second found out why."""
+
+    def identity(self) -> str:
+        return "down"
+
+    def decompose(self, items: Sequence[Item]) -> list[Decomposition | Undecided]:
+        refused = Undecided(reason="cannot connect", detail="refused", lasting=False)
+        return [Undecided(reason=NOT_ASKED, detail="cannot connect: refused", lasting=False), refused][: len(items)]
+
+
+def test_the_cause_is_said_rather_than_what_was_not_asked(tmp_path: Path) -> None:
+    for items, got in (
+        ([("p", "a"), ("p", "b")], "cannot connect: refused"),
+        ([("p", "a")], "not asked, since the server failed: cannot connect: refused"),
+    ):
+        with pytest.raises(ScoringError) as caught:
+            label(items, Down(), tmp_path / "rows.jsonl")
+        assert f"\n    got:      {got}; 0 rows were written before\n" in str(caught.value)
+
+
 def test_a_server_that_fails_now_and_then_is_worked_around(capsys: pytest.CaptureFixture[str]) -> None:
     traces("one", "two", "three")
     with chat_server(
@@ -173,6 +236,19 @@ def test_a_local_model_and_other_columns(tmp_path: Path, capsys: pytest.CaptureF
     assert decompose(*words) == 0
     assert [row["prompt"] for row in rows()] == [messages("3+8>", "1")]
     assert capsys.readouterr().out == ("rows.jsonl: 2 rows: 1 written, 1 left out\n       1  not a decomposition\n")
+
+
+def test_the_embedded_decomposer_as_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"problem": "3*2+4*5>", "trace": "3*2+0>6+0>6"}
+    Path(FILE).write_text(json.dumps(row))
+    assert decompose("--local", "embedded:decomposer") == 0
+    assert capsys.readouterr().out == "rows.jsonl: 1 rows: 1 written\n"
+    assert len(parse(rows()[0]["completion"]).steps) == 3
+    assert decompose("--local", "embedded:decomposer", "--max-new-tokens", "512") == 2
+    assert capsys.readouterr().err.endswith(
+        "ConfigError: --max-new-tokens: no room for a trace in the context of embedded:decomposer\n"
+        "    got:      512\n    expected: well below 512 tokens\n"
+    )
 
 
 def test_lone_surrogates_of_a_data_file_survive() -> None:
@@ -244,8 +320,17 @@ def test_progress_is_said_and_repeated_items_are_asked_once(
         ),
         (
             ["--server", "nowhere", "--model", "m"],
-            "ConfigError: model.rewards: gsrm.decomposer.base_url: no address\n    got:      'nowhere'\n"
+            "ConfigError: --server: no address\n    got:      'nowhere'\n"
             "    expected: such as http://localhost:8000/v1\n",
+        ),
+        (
+            ["--server", "http://a", "--model", "m", "--timeout", "0"],
+            "ConfigError: --timeout\n    got:      0.0\n    expected: more than 0 seconds\n",
+        ),
+        (
+            ["--server", "http://a", "--model", "m", "--examples", "e.jsonl"],
+            "DataError: --examples: cannot be read\n    got:      e.jsonl ([Errno 2] No such file or directory: "
+            "'e.jsonl')\n    expected: JSONL\n",
         ),
         (
             ["--server", "http://a", "--model", "m", "--chunk", "0"],

@@ -14,8 +14,9 @@ Judges say whether two steps agree: `judge` the base, `exact` and `overlap` · `
 `server_judge` a server's.
 
 Helpers: `chat_model` generation and scoring of chat prompts · `chat_client` requests with a deadline and bounded
-retries · `questions` what a judge is asked, and how its word is read · `training_rows` from decomposed traces to the
-rows that a decomposer is trained on.
+retries · `chat_request` one of them, and why it fails · `outage` when a server is not asked further · `questions` what
+a judge is asked, and how its word is read · `training_rows` from decomposed traces to the rows that a decomposer is
+trained on.
 
 To add one: subclass `Decomposer` or `StepJudge` (keyword-only arguments, no work in `__init__`) and give its
 `class_path`. What cannot be told is `Undecided` or None with a reason in the log, never a guess: the rollout is then

@@ -129,10 +129,15 @@ class Decompositions:
         lasting = dict.fromkeys(teachers)
         wanted = dict.fromkeys((*lasting, *students))
         known: dict[Item, Result] = {}
+        kept: set[Item] = set()
         for item in wanted:
-            result: Result | None = self._teachers.get(item) or self._students.get(item)
+            result: Result | None = self._teachers.get(item)
             if result is None and item in lasting and self._files is not None:
                 result = self._files.get(item)
+            if result is not None:
+                kept.add(item)
+            else:
+                result = self._students.get(item)
             if result is not None:
                 known[item] = result
         missing = [item for item in wanted if item not in known]
@@ -141,6 +146,6 @@ class Decompositions:
             if isinstance(result, Undecided) and not result.lasting:
                 continue
             (self._teachers if item in lasting else self._students)[item] = result
-            if item in fresh and item in lasting and self._files is not None and isinstance(result, Decomposition):
+            if item in lasting and item not in kept and self._files is not None and isinstance(result, Decomposition):
                 self._files.put(item, result)
         return {**known, **fresh}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,28 +15,28 @@ import httpx2
 
 from distillkit.errors import ConfigError, ScoringError, problem
 from distillkit.rewards.gsrm.chat_model import Reply
+from distillkit.rewards.gsrm.chat_request import Failure, read_reply_text, send
 from distillkit.rewards.gsrm.decomposer import Undecided
+from distillkit.rewards.gsrm.outage import Outage
 
-__all__ = ["ChatClient", "server_address"]
+__all__ = ["NOT_ASKED", "ChatClient", "server_address"]
+
+NOT_ASKED = "not asked, since the server failed"
+"""The reason of what a call did not ask any more; its detail is the failure."""
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_PAUSE_S = 60.0
-_LARGEST_REPLY = 2**26
-_JSON = {"Content-Type": "application/json"}
-_AGAIN = frozenset({408, 409, 425, 429})
-"""Client errors that another try may not meet; so may every 5xx."""
+_PROBE = ({"role": "user", "content": "Say yes."},)
+_KEY = "api_key_env", "a key that the server takes", "name the environment variable that holds the right one"
+_SETTINGS: dict[int | None, tuple[str, str, str]] = {
+    401: _KEY,
+    403: _KEY,
+    404: ("model", "a name and a path that the server knows", "the name it serves, or another path in base_url"),
+    None: ("base_url", "a server that listens", "start it first, or another address"),
+}
+"""By status: which argument is wrong, what it should be, what to do."""
 
 Messages = Sequence[Mapping[str, str]]
-
-
-class _Failure(Exception):
-    """One try failed. `again`: another may not; `down`: nobody listens at that address."""
-
-    def __init__(
-        self, reason: str, detail: str = "", *, again: bool, down: bool = False, pause: float | None = None
-    ) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail, self.again, self.down, self.pause = reason, detail, again, down, pause
 
 
 class ChatClient:
@@ -45,8 +44,11 @@ class ChatClient:
 
     A connection that is refused, an answer that does not come in time or is no answer (not JSON, no text in it), and
     the statuses 408, 409, 425, 429 and 5xx are tried again after a pause of `backoff_s`, doubled every time (or what
-    `Retry-After` says, at most a minute). Redirects and other 4xx are not. Once nobody listens, what is not yet asked
-    in the same call is not tried.
+    `Retry-After` says, at most a minute). Redirects and other 4xx are not.
+
+    A server that fails altogether (see `Outage`) is not asked further in the same call: what was answered until then is
+    kept, the rest is `Undecided`. The next call first sends one tiny request, and the others only when that is
+    answered.
 
     The key is read from the environment when the client opens, sent in the `Authorization` header, and appears in no
     error, log or cache key.
@@ -96,6 +98,8 @@ class ChatClient:
         self._concurrency = concurrency
         self._key: str | None = None
         self._http: httpx2.Client | None = None
+        self._cause: Failure | None = None
+        """Why the last call ended early; None where it did not."""
         self._told: set[str] = set()
 
     def open(self) -> None:
@@ -111,85 +115,112 @@ class ChatClient:
             self._http.close()
         self._http = None
 
+    def probe(self) -> None:
+        """Send one tiny request, to learn of wrong settings before the first call that matters.
+
+        A server that is slow or busy is only warned of: it may not be, later.
+
+        Raises:
+            ConfigError: nobody listens at the address, or the key, the model or the path is refused.
+        """
+        failure = self._sign_of_life(self._opened())
+        if failure is None:
+            return
+        shown = f"{self.url}: {self._undecided(failure)}"
+        if failure.fault in ("unreachable", "refused"):
+            argument, expected, hint = _SETTINGS[failure.status]
+            where = f"{self._where}.{argument}: the server cannot be used"
+            raise ConfigError(problem(where, got=shown, expected=expected, hint=hint))
+        self._cause = failure if failure.fault == "late" else None
+        _LOG.warning("%s: a first request failed, %s; the run goes on", self._where, shown)
+
     def ask(
         self, conversations: Sequence[Messages], *, max_tokens: int, body: Mapping[str, Any] | None = None
     ) -> list[Reply | Undecided]:
         """Return the server's reply to each conversation, at temperature 0, in order.
+
+        A round is about `timeout_s` and a pause, of at most a minute. A server that answers now and then costs a call
+        at most ⌈conversations / concurrency⌉ · (retries + 1) rounds. One that answers nothing costs it at most
+        2 · (retries + 1): two rounds, where `concurrency` is no smaller than that and there are as many conversations.
+        The next call then costs one `timeout_s`, until the server answers again.
 
         Args:
             conversations: chat messages.
             max_tokens: of a reply.
             body: further entries of these requests.
         """
-        if self._http is None:
-            raise ScoringError(problem(f"{self._where}: called before setup", hint="call setup first"))
+        http = self._opened()
         if not conversations:
             return []
-        http, down = self._http, threading.Event()
+        if self._cause is not None:
+            self._cause = self._sign_of_life(http)
+        if self._cause is not None and not _serves(self._cause):
+            self._tell(self._cause, 1)
+            return [self._undecided(self._cause, asked=False)] * len(conversations)
+        outage = Outage(conversations=len(conversations), concurrency=self._concurrency, tries=self._retries + 1)
 
         def one(messages: Messages) -> Reply | Undecided:
-            entries = {
-                "model": self.model,
-                "messages": [dict(message) for message in messages],
-                "temperature": 0.0,
-                "max_tokens": max_tokens,
-                **(body or {}),
-                **self.extra_body,
-            }
-            return self._tried(http, {k: v for k, v in entries.items() if v is not None}, down)
+            return self._tried(http, self._entries(messages, max_tokens, body or {}), outage)
 
         with ThreadPoolExecutor(min(self._concurrency, len(conversations)), thread_name_prefix="gsrm") as threads:
-            return list(threads.map(one, conversations))
+            results = list(threads.map(one, conversations))
+        self._cause = outage.cause
+        return results
 
-    def _tried(self, http: httpx2.Client, entries: Mapping[str, Any], down: threading.Event) -> Reply | Undecided:
+    def _opened(self) -> httpx2.Client:
+        if self._http is None:
+            raise ScoringError(problem(f"{self._where}: called before setup", hint="call setup first"))
+        return self._http
+
+    def _entries(self, messages: Messages, max_tokens: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        entries = {
+            "model": self.model,
+            "messages": [dict(message) for message in messages],
+            "temperature": 0.0,
+            "max_tokens": max_tokens,
+            **body,
+            **self.extra_body,
+        }
+        return {k: v for k, v in entries.items() if v is not None}
+
+    def _sign_of_life(self, http: httpx2.Client) -> Failure | None:
+        """Return why one tiny request failed; None when it did not."""
+        try:
+            send(http, self.url, self._entries(_PROBE, 1, {}), timeout_s=self._timeout)
+        except Failure as failure:
+            return failure
+        return None
+
+    def _tried(self, http: httpx2.Client, entries: Mapping[str, Any], outage: Outage) -> Reply | Undecided:
+        if outage.cause is not None:
+            return self._undecided(outage.cause, asked=False)
         for attempt in range(self._retries + 1):
-            if down.is_set():
-                return Undecided(reason="not asked, since the server is down", lasting=False)
             try:
-                return self._answer(http, entries)
-            except _Failure as failure:
-                if not failure.again or attempt == self._retries:
-                    if failure.down:
-                        down.set()
-                    return self._given_up(failure, attempt + 1)
-                pause = self._backoff * 2**attempt if failure.pause is None else failure.pause
-                time.sleep(min(pause, _LONGEST_PAUSE_S))
+                reply = read_reply_text(send(http, self.url, entries, timeout_s=self._timeout))
+            except Failure as failure:
+                last = not failure.again or attempt == self._retries
+                outage.failed(failure, last=last)
+                if not last and outage.cause is None:
+                    pause = self._backoff * 2**attempt if failure.pause is None else failure.pause
+                    time.sleep(min(pause, _LONGEST_PAUSE_S))
+                if last or outage.cause is not None:
+                    self._tell(failure, attempt + 1)
+                    return self._undecided(failure)
+            else:
+                outage.answered()
+                return reply
         raise AssertionError("unreachable")
 
-    def _given_up(self, failure: _Failure, tries: int) -> Undecided:
+    def _undecided(self, failure: Failure, *, asked: bool = True) -> Undecided:
         detail = failure.detail if self._key is None else failure.detail.replace(self._key, "***")
-        given_up = Undecided(reason=failure.reason, detail=detail, lasting=False)
+        given_up = Undecided(reason=failure.reason, detail=detail, lasting=False, status=failure.status)
+        return given_up if asked else replace(given_up, reason=NOT_ASKED, detail=str(given_up))
+
+    def _tell(self, failure: Failure, tries: int) -> None:
         if failure.reason not in self._told:
             self._told.add(failure.reason)
             text = "%s: %s (%d %s); not scored, and counted. Said once for each kind of failure"
-            _LOG.warning(text, self.url, given_up, tries, "try" if tries == 1 else "tries")
-        return given_up
-
-    def _answer(self, http: httpx2.Client, entries: Mapping[str, Any]) -> Reply:
-        deadline = time.monotonic() + self._timeout
-        try:
-            # ASCII: a lone surrogate of a data file has no UTF-8 form.
-            payload = json.dumps(entries).encode("ascii")
-            with http.stream("POST", self.url, content=payload, headers=_JSON) as response:
-                content = bytearray()
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if time.monotonic() > deadline:  # the client's own timeout starts anew with every byte
-                        raise _Failure(f"no whole answer within {self._timeout:g} s", again=True)
-                    if len(content) > _LARGEST_REPLY:
-                        raise _Failure(f"an answer of more than {_LARGEST_REPLY} bytes", again=False)
-        except httpx2.TimeoutException as error:
-            raise _Failure(f"no answer within {self._timeout:g} s", type(error).__name__, again=True) from error
-        except httpx2.ConnectError as error:
-            raise _Failure("cannot connect", _short(str(error)), again=True, down=True) from error
-        except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
-            raise _Failure("broken connection", _short(f"{type(error).__name__}: {error}"), again=True) from error
-        if response.status_code != 200:
-            status, text = response.status_code, _short(bytes(content).decode(errors="replace"))
-            again = status >= 500 or status in _AGAIN
-            pause = _seconds(response.headers.get("retry-after"))
-            raise _Failure(f"HTTP {status}", text, again=again, pause=pause)
-        return _read(bytes(content))
+            _LOG.warning(text, self.url, self._undecided(failure), tries, "try" if tries == 1 else "tries")
 
 
 def server_address(base_url: str, where: str) -> str:
@@ -229,33 +260,6 @@ def _key(variable: str, where: str) -> str:
     return value
 
 
-def _read(content: bytes) -> Reply:
-    """Return the reply in a chat completion."""
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        shown = _short(content.decode(errors="replace"))
-        raise _Failure("an answer that is not JSON", shown, again=True) from error
-    try:
-        choice = answer["choices"][0]
-        text, ended = choice["message"]["content"], choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        shown = _short(json.dumps(answer))
-        raise _Failure("an answer without choices[0].message.content", shown, again=True) from error
-    if not isinstance(text, str):
-        raise _Failure("an answer without text", f"content is {json.dumps(text):.80}", again=True)
-    return Reply(text=text.encode(errors="replace").decode(), finished=ended != "length")
-
-
-def _seconds(header: str | None) -> float | None:
-    """A `Retry-After` in seconds; a date, or what is no number, counts as none."""
-    try:
-        value = float(header) if header is not None else None
-    except ValueError:
-        return None
-    return value if value is not None and 0 <= value < float("inf") else None
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:200]}…"
+def _serves(failure: Failure) -> bool:
+    """Whether who fails like this may answer other requests: it has answered, without an error of its own."""
+    return failure.fault == "request" and failure.status is not None and failure.status < 500

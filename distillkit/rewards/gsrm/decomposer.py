@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -21,11 +21,15 @@ Item = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Undecided:
-    """No decomposition: the kind of reason, what else is known, and whether asking again would give the same."""
+    """No decomposition: the kind of reason, what else is known, and whether asking again would give the same.
+
+    `status` is that of a server's HTTP answer, where one was the reason.
+    """
 
     reason: str
     detail: str = ""
     lasting: bool = True
+    status: int | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
@@ -44,6 +48,9 @@ class Decomposer(ABC):
 
     def setup(self, device: torch.device) -> None:  # noqa: B027 - some have nothing to set up
         """Load models, open connections. Called once before `decompose`."""
+
+    def probe(self) -> None:  # noqa: B027 - nor to ask
+        """Raise `ConfigError` where settings keep a server from being used. Called by a reward after `setup`."""
 
     def teardown(self) -> None:  # noqa: B027 - nor to free
         """Free what `setup` took."""

@@ -49,6 +49,9 @@ class StepJudge(ABC):
     def setup(self, device: torch.device) -> None:  # noqa: B027 - some have nothing to set up
         """Load models, open connections. Called once before `agree`."""
 
+    def probe(self) -> None:  # noqa: B027 - nor to ask
+        """Raise `ConfigError` where settings keep a server from being used. Called by a reward after `setup`."""
+
     def teardown(self) -> None:  # noqa: B027 - nor to free
         """Free what `setup` took."""
 

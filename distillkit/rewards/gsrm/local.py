@@ -16,6 +16,7 @@ from distillkit.rewards.gsrm.decomposer import Decomposer, Item, Undecided, gram
 __all__ = ["LocalDecomposer"]
 
 _WHERE = "model.rewards: gsrm.decomposer"
+_MAX_NEW_TOKENS = 1024
 
 
 class LocalDecomposer(Decomposer):
@@ -28,7 +29,7 @@ class LocalDecomposer(Decomposer):
     Args:
         path: local checkpoint folder, hub name, or `embedded:decomposer`.
         dtype: of the weights; `auto` is the checkpoint's.
-        max_new_tokens: longest decomposition, in tokens.
+        max_new_tokens: longest decomposition, in tokens; null is 1024, or half the model's context where that is less.
         tokens_per_batch: token budget of one batch of traces, decompositions and padding included.
         chat_template_kwargs: passed to the chat template, such as `{enable_thinking: false}`.
 
@@ -42,18 +43,19 @@ class LocalDecomposer(Decomposer):
         *,
         path: str,
         dtype: Dtype = "auto",
-        max_new_tokens: int = 1024,
+        max_new_tokens: int | None = None,
         tokens_per_batch: int = 131072,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         for name, value in (("max_new_tokens", max_new_tokens), ("tokens_per_batch", tokens_per_batch)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(problem(f"{_WHERE}.{name}", got=value, expected="at least 1 token"))
         self.path = path
         self.dtype = dtype
         self.max_new_tokens = max_new_tokens
         self.tokens_per_batch = tokens_per_batch
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._limit = _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         self._model: ChatModel | None = None
 
     def setup(self, device: torch.device) -> None:
@@ -65,9 +67,11 @@ class LocalDecomposer(Decomposer):
             chat_template_kwargs=self.chat_template_kwargs,
         )
         context = self._model.context
-        if context is not None and self.max_new_tokens >= context:
+        if context is not None and self.max_new_tokens is None:
+            self._limit = min(_MAX_NEW_TOKENS, context // 2)
+        elif context is not None and self._limit >= context:
             where = f"{_WHERE}.max_new_tokens: no room for a trace in the context of {self.path}"
-            raise ConfigError(problem(where, got=self.max_new_tokens, expected=f"well below {context} tokens"))
+            raise ConfigError(problem(where, got=self._limit, expected=f"well below {context} tokens"))
 
     def teardown(self) -> None:
         self._model = None
@@ -84,14 +88,14 @@ class LocalDecomposer(Decomposer):
         results: list[Decomposition | Undecided] = [Undecided(reason="not asked")] * len(items)
         fitting = []
         for i, ids in enumerate(prompts):
-            if context is not None and len(ids) + self.max_new_tokens > context:
-                detail = f"{len(ids)} tokens, {self.max_new_tokens} new ones, {context} in all"
+            if context is not None and len(ids) + self._limit > context:
+                detail = f"{len(ids)} tokens, {self._limit} new ones, {context} in all"
                 results[i] = Undecided(reason="longer than the decomposer's context", detail=detail)
             else:
                 fitting.append(i)
         replies = model.replies(
-            [prompts[i] for i in fitting], max_new_tokens=self.max_new_tokens, tokens_per_batch=self.tokens_per_batch
+            [prompts[i] for i in fitting], max_new_tokens=self._limit, tokens_per_batch=self.tokens_per_batch
         )
         for i, reply in zip(fitting, replies, strict=True):
-            results[i] = read_reply(reply.text, finished=reply.finished, limit=self.max_new_tokens)
+            results[i] = read_reply(reply.text, finished=reply.finished, limit=self._limit)
         return results

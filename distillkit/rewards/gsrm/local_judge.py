@@ -23,10 +23,11 @@ _WHERE = "model.rewards: gsrm.judge"
 class LocalJudge(StepJudge):
     """A causal language model of this process that may say `yes` or `no`, and nothing else.
 
-    Nothing is generated: the probabilities of the answers' first tokens (in lower case, capitalised and in capitals)
-    are added up for yes and for no, and the larger sum decides. Where a yes and a no begin with the same token, whole
-    answers are compared, their end token included. When both sums together are below `floor`, or they are equal, the
-    model said neither. Texts that are equal in normal form agree without being asked about.
+    Nothing is generated: the probabilities of the answers (in lower case, capitalised and in capitals) are added up
+    for yes and for no, and the larger sum decides. Where every answer is a token of its own, it is the next token's
+    probability that counts. Where one has several tokens, another word may begin like it ("no" and "not"): then whole
+    answers count, an end token included. When both sums together are below `floor`, or they are equal, the model said
+    neither. Texts that are equal in normal form agree without being asked about.
 
     Args:
         path: local checkpoint folder or hub name of a chat model.
@@ -99,13 +100,13 @@ class LocalJudge(StepJudge):
 
     def _mass(self, model: ChatModel, prompts: list[list[int]]) -> Tensor:
         """[n, 2]: the probability of yes and of no."""
-        answers = [[model.ids(text) for text in spellings(word)] for word in (self.yes, self.no)]
-        first = [sorted({ids[0] for ids in side}) for side in answers]
-        if not set(first[0]) & set(first[1]):
-            logprobs = model.next_logprobs(prompts, [*first[0], *first[1]], budget=self.tokens_per_batch)
-            sides = logprobs.split([len(first[0]), len(first[1])], dim=1)
+        answers = [{tuple(model.ids(text)) for text in spellings(word)} for word in (self.yes, self.no)]
+        if all(len(ids) == 1 for side in answers for ids in side):
+            words = [sorted(ids[0] for ids in side) for side in answers]
+            logprobs = model.next_logprobs(prompts, [*words[0], *words[1]], budget=self.tokens_per_batch)
+            sides = logprobs.split([len(side) for side in words], dim=1)
         else:
-            whole = [sorted({(*ids, model.end_ids[0]) for ids in side}) for side in answers]
+            whole = [sorted((*ids, end) for ids in side for end in model.end_ids) for side in answers]
             logprobs = model.answer_logprobs(prompts, [*whole[0], *whole[1]], budget=self.tokens_per_batch)
-            sides = logprobs.split([len(whole[0]), len(whole[1])], dim=1)
+            sides = logprobs.split([len(side) for side in whole], dim=1)
         return torch.stack([side.exp().sum(dim=1) for side in sides], dim=1)

@@ -56,8 +56,9 @@ class StructureReward(RewardFn):
         normalize: `none` is the released code's sum, in steps; `teacher_steps` divides it by N_t.
         coverage_weight: factor on the coverage term, which the released code computes and does not use.
         think_end: only what stands before it is reasoning, in the student's and the teacher's text; null takes all.
-        without_trace: a row without a teacher trace is refused at start-up, or its rollouts skip this reward (NaN,
-            `not_applicable`), as evaluation sets without traces need.
+        without_trace: what the rollouts of a row without a teacher trace are. `undecided`: not scored, and counted;
+            the row is named when the run starts, and a set without any trace is refused. `skip`: `not_applicable`, as
+            evaluation sets without traces need.
         cache_dir: folder for the decompositions of teacher traces, which several processes may share.
         weight: factor on this reward in the total.
 
@@ -76,14 +77,14 @@ class StructureReward(RewardFn):
         normalize: Literal["none", "teacher_steps"] = "none",
         coverage_weight: float = 0.0,
         think_end: str | None = "</think>",
-        without_trace: Literal["refuse", "skip"] = "refuse",
+        without_trace: Literal["undecided", "skip"] = "undecided",
         cache_dir: str | None = None,
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight=weight)
         for name, value, known in (
             ("normalize", normalize, ("none", "teacher_steps")),
-            ("without_trace", without_trace, ("refuse", "skip")),
+            ("without_trace", without_trace, ("undecided", "skip")),
         ):
             if value not in known:
                 raise ConfigError(_refusal(name, repr(value), " or ".join(known)))
@@ -104,9 +105,15 @@ class StructureReward(RewardFn):
         self._told: set[str] = set()
 
     def setup(self, student: StudentInfo) -> None:
-        """Load the models or open the connections, and the cache's folder."""
+        """Load the models or open the connections, and the cache's folder; send each server one tiny request.
+
+        Raises:
+            ConfigError: a server that nobody runs, or that refuses the key, the model or the path.
+        """
         self.decomposer.setup(student.device)
         self.judge.setup(student.device)
+        self.decomposer.probe()
+        self.judge.probe()
         folder = None if self.cache_dir is None else Path(self.cache_dir).expanduser()
         self._decompositions = Decompositions(self.decomposer, folder)
 

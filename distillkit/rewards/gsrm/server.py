@@ -42,7 +42,8 @@ class ServerDecomposer(Decomposer):
             entry out (`{max_tokens: null, max_completion_tokens: 8192}`).
 
     Raises:
-        ConfigError: an argument out of range, or (at setup) a key that is not there.
+        ConfigError: an argument out of range; at setup, a key that is not there; in `probe`, a server that nobody runs,
+            or that refuses the key, the model or the path.
         DataError: at setup, when an example cannot be used.
     """
 
@@ -81,6 +82,9 @@ class ServerDecomposer(Decomposer):
         if self.examples is not None:
             self._shown = read_examples(Path(self.examples), f"{_WHERE}.examples")
         self._client.open()
+
+    def probe(self) -> None:
+        self._client.probe()
 
     def teardown(self) -> None:
         self._client.close()

@@ -45,7 +45,8 @@ class ServerJudge(StepJudge):
             entry out.
 
     Raises:
-        ConfigError: an argument out of range, or (at setup) a key that is not there.
+        ConfigError: an argument out of range; at setup, a key that is not there; in `probe`, a server that nobody runs,
+            or that refuses the key, the model or the path.
     """
 
     def __init__(
@@ -83,6 +84,9 @@ class ServerJudge(StepJudge):
 
     def setup(self, device: torch.device) -> None:
         self._client.open()
+
+    def probe(self) -> None:
+        self._client.probe()
 
     def teardown(self) -> None:
         self._client.close()

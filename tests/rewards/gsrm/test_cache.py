@@ -83,6 +83,19 @@ def test_only_teachers_decompositions_are_on_disk(tmp_path: Path) -> None:
     assert later.asked == [[A]]
 
 
+def test_a_teachers_trace_that_a_student_wrote_first_is_on_disk_too(tmp_path: Path) -> None:
+    decomposer = Counting()
+    known = Decompositions(decomposer, tmp_path)
+    known.of([A], [])
+    assert not list(tmp_path.rglob("*.txt"))
+    assert known.of([A], [A]) == {A: steps(*A)}
+    [file] = tmp_path.rglob("*.txt")
+    assert file.read_text() == render(steps(*A)) + "\n" and decomposer.asked == [[A]]
+    file.unlink()
+    known.of([A], [A])
+    assert not list(tmp_path.rglob("*.txt"))  # written once, and known since
+
+
 def test_another_decomposer_problem_or_trace_is_another_entry(tmp_path: Path) -> None:
     Decompositions(Counting(), tmp_path).of([], [A])
     for decomposer, item in ((Counting("other"), A), (Counting(), ("q", "a")), (Counting(), ("p", "a "))):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import time
 from typing import Any
 
 import pytest
 
 from distillkit.errors import ConfigError, ScoringError
-from distillkit.rewards.gsrm.chat_client import ChatClient, server_address
+from distillkit.rewards.gsrm.chat_client import NOT_ASKED, ChatClient, server_address
 from distillkit.rewards.gsrm.chat_model import Reply
+from distillkit.rewards.gsrm.chat_request import Failure, _seconds
 from distillkit.rewards.gsrm.decomposer import Undecided
 from tests.rewards.gsrm.chat_server import Answer, chat_server, nobody, says
 
 HELLO = [{"role": "user", "content": "hello"}]
 OK = says("fine")
+LATE = "no answer within 0.15 s"
 
 
 def client(url: str, **options: Any) -> ChatClient:
@@ -146,10 +149,189 @@ def test_a_server_that_is_down_costs_one_round_of_tries(caplog: pytest.LogCaptur
     assert time.monotonic() - start < 5.0  # 0.35 s of pauses, not 200 / 2 times as much
     assert {r.reason for r in results if isinstance(r, Undecided)} == {
         "cannot connect",
-        "not asked, since the server is down",
+        NOT_ASKED,
     }
     assert len(results) == 200 and all(isinstance(r, Undecided) and not r.lasting for r in results)
     assert len(caplog.records) == 1
+
+
+def not_asked(results: list[Reply | Undecided]) -> int:
+    return sum(isinstance(r, Undecided) and r.reason == NOT_ASKED for r in results)
+
+
+def test_a_server_that_hangs_costs_a_round_and_then_a_request_a_call() -> None:
+    hanging = threading.Event()
+    hanging.set()
+
+    def answers(body: Any, number: int) -> Answer:
+        return Answer(OK.body, delay=2.0 if hanging.is_set() else 0.0)
+
+    with chat_server(answers) as server:
+        made = client(server.url, concurrency=8, timeout_s=0.3, retries=1)
+        start = time.monotonic()
+        results = made.ask([HELLO] * 64, max_tokens=7)
+        assert time.monotonic() - start < 2.0  # not 64 / 8 · 2 tries = 4.8 s
+        assert 64 - 16 <= not_asked(results) <= 64 - 8 and all(isinstance(r, Undecided) for r in results)
+
+        asked, start = len(server.asked), time.monotonic()
+        results = made.ask([HELLO] * 64, max_tokens=7)
+        assert time.monotonic() - start < 1.0
+        assert (
+            results == [Undecided(reason=NOT_ASKED, detail="no answer within 0.3 s: ReadTimeout", lasting=False)] * 64
+        )
+        assert [a.body["max_tokens"] for a in server.asked[asked:]] == [1]
+
+        hanging.clear()
+        asked = len(server.asked)
+        assert made.ask([HELLO] * 9, max_tokens=7) == [Reply(text="fine", finished=True)] * 9
+        assert made.ask([HELLO] * 9, max_tokens=7) == [Reply(text="fine", finished=True)] * 9
+        assert sorted(a.body["max_tokens"] for a in server.asked[asked:]) == [1, *[7] * 18]
+        made.close()
+
+
+def test_what_was_answered_before_the_server_hung_is_kept() -> None:
+    """Two late answers in a row are an outage where requests go one by one, without retries."""
+    late = [False, True, False, True, True, False, False, False]
+
+    def answers(body: Any, number: int) -> Answer:
+        return Answer(OK.body, delay=1.0 if late[number] else 0.0)
+
+    with chat_server(answers) as server:
+        results = ask(server.url, count=8, concurrency=1, retries=0, timeout_s=0.15)
+    assert ["ok" if isinstance(r, Reply) else r.reason for r in results] == [
+        "ok", LATE, "ok", LATE, LATE, *[NOT_ASKED] * 3
+    ]  # fmt: skip
+
+
+def test_one_conversation_that_takes_too_long_is_no_outage() -> None:
+    def answers(body: Any, number: int) -> Answer:
+        return Answer(OK.body, delay=1.0 if body["messages"][0]["content"] == "long" else 0.0)
+
+    with chat_server(answers) as server:
+        made = client(server.url, concurrency=1, retries=1, timeout_s=0.15)
+        results = made.ask([[{"role": "user", "content": word}] for word in ("a", "long", "b")], max_tokens=7)
+        made.close()
+    assert [isinstance(r, Reply) for r in results] == [True, False, True]
+
+
+def test_a_lone_conversation_without_an_answer_is_an_outage() -> None:
+    with chat_server([Answer(OK.body, delay=1.0)]) as server:
+        made = client(server.url, retries=1, timeout_s=0.15)
+        assert not_asked(made.ask([HELLO], max_tokens=7)) == 0
+        assert not_asked(made.ask([HELLO], max_tokens=7)) == 1
+        made.close()
+    assert [a.body["max_tokens"] for a in server.asked] == [7, 7, 1]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_everything_is_not_asked_on(status: int) -> None:
+    wrong = threading.Event()
+    wrong.set()
+
+    with chat_server(lambda body, number: Answer("no", status=status) if wrong.is_set() else OK) as server:
+        made = client(server.url, concurrency=2)
+        results = made.ask([HELLO] * 50, max_tokens=7)
+        assert 1 <= len(server.asked) <= 2
+        assert results[0] == Undecided(reason=f"HTTP {status}", detail='"no"', lasting=False)
+        refused = Undecided(reason=NOT_ASKED, detail=f'HTTP {status}: "no"', lasting=False)
+        assert results[2:] == [refused] * 48
+        assert [r.status for r in results if isinstance(r, Undecided)] == [status] * 50
+        assert made.ask([HELLO] * 50, max_tokens=7) == [refused] * 50
+        assert server.asked[-1].body["max_tokens"] == 1
+        wrong.clear()
+        assert made.ask([HELLO] * 3, max_tokens=7) == [Reply(text="fine", finished=True)] * 3
+        made.close()
+
+
+def test_one_refused_request_among_answered_ones_ends_nothing() -> None:
+    with chat_server([OK, Answer("a word I do not like", status=403), OK]) as server:
+        results = ask(server.url, count=3, concurrency=1)
+    assert [isinstance(r, Reply) for r in results] == [True, False, True]
+
+
+def test_a_server_that_is_down_is_tried_once_in_the_next_call() -> None:
+    made = client(nobody(), retries=2, backoff_s=0.3)
+    made.ask([HELLO] * 20, max_tokens=7)
+    start = time.monotonic()
+    results = made.ask([HELLO] * 20, max_tokens=7)
+    assert time.monotonic() - start < 0.6  # not 0.3 + 0.6 s of pauses
+    assert not_asked(results) == 20
+    assert all(isinstance(r, Undecided) and r.detail.startswith("cannot connect: ") for r in results)
+    made.close()
+
+
+def probe(url: str, **options: Any) -> None:
+    made = client(url, **options)
+    try:
+        made.probe()
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (
+            401,
+            'here.api_key_env: the server cannot be used\n    got:      {url}/v1/chat/completions: HTTP 401: "no ***"\n'
+            "    expected: a key that the server takes\n"
+            "    try:      name the environment variable that holds the right one",
+        ),
+        (
+            403,
+            'here.api_key_env: the server cannot be used\n    got:      {url}/v1/chat/completions: HTTP 403: "no ***"\n'
+            "    expected: a key that the server takes\n"
+            "    try:      name the environment variable that holds the right one",
+        ),
+        (
+            404,
+            'here.model: the server cannot be used\n    got:      {url}/v1/chat/completions: HTTP 404: "no ***"\n'
+            "    expected: a name and a path that the server knows\n"
+            "    try:      the name it serves, or another path in base_url",
+        ),
+    ],
+)
+def test_a_probe_finds_wrong_settings(status: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    with chat_server([Answer("no sk-secret", status=status)]) as server, pytest.raises(ConfigError) as caught:
+        probe(server.url, api_key_env="SOME_KEY")
+    assert str(caught.value) == text.format(url=server.url)
+    assert len(server.asked) == 1
+
+
+def test_a_probe_finds_that_nobody_listens() -> None:
+    url = nobody()
+    with pytest.raises(ConfigError) as caught:
+        probe(url)
+    first, got, *others = str(caught.value).split("\n")
+    assert first == "here.base_url: the server cannot be used"
+    assert got.startswith(f"    got:      {url}/v1/chat/completions: cannot connect: ")
+    assert others == ["    expected: a server that listens", "    try:      start it first, or another address"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer("busy", status=503), 'HTTP 503: "busy"'),
+        (Answer("max_tokens", status=400), 'HTTP 400: "max_tokens"'),
+        (Answer(OK.body, delay=1.0), "no answer within 0.2 s: ReadTimeout"),
+    ],
+)
+def test_a_probe_warns_of_what_may_pass(answer: Answer, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with chat_server([answer, OK]) as server:
+        made = client(server.url, timeout_s=0.2)
+        made.probe()
+        assert made.ask([HELLO], max_tokens=7) == [Reply(text="fine", finished=True)]
+        made.close()
+    warning = f"here: a first request failed, {server.url}/v1/chat/completions: {said}; the run goes on"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [warning]
+
+
+def test_a_probe_is_content_with_any_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """One token of a thinking model is no text."""
+    with chat_server([says(None)]) as server:
+        probe(server.url)
+    assert [a.body["max_tokens"] for a in server.asked] == [1] and not caplog.records
 
 
 def test_a_server_that_comes_back_is_asked_again_in_the_next_call() -> None:
@@ -167,14 +349,12 @@ def test_pauses_grow_and_the_servers_own_wish_comes_first(monkeypatch: pytest.Mo
     def served(answers: list[Answer], **options: Any) -> None:
         turns = iter(answers)
         made = client("http://127.0.0.1:1", retries=len(answers) - 1, **options)
-        monkeypatch.setattr(made, "_answer", lambda http, entries: _raise(next(turns)))
+        monkeypatch.setattr("distillkit.rewards.gsrm.chat_client.send", lambda *_, **__: _raise(next(turns)))
         made.ask([HELLO], max_tokens=1)
         made.close()
 
-    def _raise(answer: Answer) -> Reply:
-        from distillkit.rewards.gsrm.chat_client import _Failure, _seconds
-
-        raise _Failure("x", again=True, pause=_seconds(answer.headers.get("retry-after")))
+    def _raise(answer: Answer) -> bytes:
+        raise Failure("x", again=True, pause=_seconds(answer.headers.get("retry-after")))
 
     busy = Answer(status=429)
     served([busy] * 8, backoff_s=1.0)

@@ -14,7 +14,7 @@ from distillkit.cli.main import main
 from distillkit.cli.shortnames import expand
 from distillkit.errors import ConfigError
 from distillkit.reporting.rollouts import read_rollouts
-from tests.rewards.gsrm.chat_server import Answer, chat_server, says
+from tests.rewards.gsrm.chat_server import Answer, chat_server, nobody, says
 from tests.rewards.gsrm.test_reward import arithmetic
 
 LOCAL = "distillkit.rewards.gsrm.local.LocalDecomposer"
@@ -148,6 +148,8 @@ def _run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_run_here")
 def test_a_run_with_a_served_decomposer(tmp_path: Path) -> None:
     def answers(body: Any, number: int) -> Answer:
+        if body["max_tokens"] == 1:
+            return says("Yes")
         problem, trace = body["messages"][-1]["content"].removeprefix("Problem:\n").split("\n\nReasoning:\n")
         return says(arithmetic(problem, trace) if number % 5 else "I cannot")
 
@@ -172,15 +174,30 @@ def test_a_run_with_a_served_decomposer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_run_here")
-def test_a_run_whose_server_is_down_goes_on_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with chat_server([says("")]) as server:
-        address = server.url
-    decomposer = {"name": "server", "base_url": address, "model": "rule", "retries": 1, "backoff_s": 0.0}
-    assert fit({"decomposer": decomposer}) == 0
-    assert [float(row["train/undecided/gsrm"]) for row in rows()[1:]] == [16.0, 16.0]
-    assert "cannot connect" in caplog.text
+def test_a_run_whose_server_goes_down_goes_on_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Half of the first step is answered."""
+
+    def answers(body: Any, number: int) -> Answer:
+        if body["max_tokens"] == 1:
+            return says("Yes")
+        problem, trace = body["messages"][-1]["content"].removeprefix("Problem:\n").split("\n\nReasoning:\n")
+        return says(arithmetic(problem, trace)) if number < 12 else Answer("gone", status=503)
+
+    with chat_server(answers) as server:
+        decomposer = {"name": "server", "base_url": server.url, "model": "rule", "retries": 1, "backoff_s": 0.0}
+        assert fit({"decomposer": {**decomposer, "concurrency": 1}}) == 0
+    undecided = [float(row["train/undecided/gsrm"]) for row in rows()[1:]]
+    assert 0 < undecided[0] <= undecided[1] == 16.0
+    assert "HTTP 503" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_run_here")
+def test_a_run_whose_server_is_down_does_not_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit({"decomposer": {"name": "server", "base_url": nobody(), "model": "rule"}}) == 2
+    said = capsys.readouterr().err
+    assert "ConfigError: model.rewards: gsrm.decomposer.base_url: the server cannot be used\n" in said
+    assert "try:      start it first, or another address" in said
 
 
 @pytest.mark.slow

@@ -130,6 +130,20 @@ def test_new_tokens_that_fill_the_context_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_new_tokens_are_by_default_what_the_context_has_room_for(tmp_path: Path) -> None:
+    for context, room in ((1600, 800), (4096, 1024)):
+        decomposer = local(tmp_path, max_new_tokens=None, model={"context": context})
+        [endless] = decomposer.decompose([("p", "+")])
+        assert endless == Undecided(reason="a decomposition longer than max_new_tokens", detail=str(room))
+
+
+def test_the_embedded_decomposer_needs_no_length() -> None:
+    decomposer = LocalDecomposer(path="embedded:decomposer")
+    decomposer.setup(CPU)
+    [result] = decomposer.decompose([("3*2+4*5>", "3*2+0>6+0>6")])
+    assert isinstance(result, Decomposition) and len(result.steps) == 3
+
+
 def test_identity_follows_weights_settings_and_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = local(tmp_path)
     known = {first.identity()}

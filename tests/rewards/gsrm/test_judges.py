@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,13 @@ def test_what_is_asked_holds_both_texts_and_both_words(kind: Part) -> None:
     assert message["content"].endswith(" Answer with one word, yes or no.")
 
 
+WORDS = ("yes", "Yes", "YES", "no", "No", "NO")
+
+
 def local(tmp_path: Path, after: dict[str, float], **options: Any) -> LocalJudge:
-    """A judge whose model continues the question (which ends with a full stop) with these tokens."""
+    """A judge whose model continues the question (which ends with a full stop) with these tokens; yes, no are some."""
     table: dict[str, dict[str, float]] = {".": after, **options.pop("table", {})}
-    path = markov.save(tmp_path / "judge", table, **options.pop("model", {}))
+    path = markov.save(tmp_path / "judge", table, **{"phrases": WORDS, **options.pop("model", {})})
     judge = LocalJudge(path=path, **options)
     judge.setup(CPU)
     return judge
@@ -131,12 +135,12 @@ def local(tmp_path: Path, after: dict[str, float], **options: Any) -> LocalJudge
 @pytest.mark.parametrize(
     ("after", "floor", "said"),
     [
-        ({"y": 0.9, "n": 0.1}, 0.5, True),
-        ({"y": 0.1, "n": 0.9}, 0.5, False),
-        ({"Y": 0.3, "y": 0.3, "n": 0.4}, 0.5, True),  # both spellings of yes count
-        ({"N": 0.25, "n": 0.26, "y": 0.49}, 0.5, False),
-        ({"y": 0.04, "n": 0.03, "m": 0.93}, 0.1, None),  # it says something else
-        ({"y": 0.04, "n": 0.03, "m": 0.93}, 0.05, True),
+        ({"yes": 0.9, "no": 0.1}, 0.5, True),
+        ({"yes": 0.1, "no": 0.9}, 0.5, False),
+        ({"Yes": 0.3, "yes": 0.3, "no": 0.4}, 0.5, True),  # both spellings of yes count
+        ({"No": 0.25, "no": 0.26, "yes": 0.49}, 0.5, False),
+        ({"yes": 0.04, "no": 0.03, "m": 0.93}, 0.1, None),  # it says something else
+        ({"yes": 0.04, "no": 0.03, "m": 0.93}, 0.05, True),
         ({"m": 1.0}, 0.1, None),
         ({"m": 1.0}, 0.0, None),  # e^-60 of each: neither, even without a floor
     ],
@@ -177,8 +181,43 @@ def test_an_answer_that_only_begins_another_word_is_not_that_answer(tmp_path: Pa
     assert local(tmp_path, {"s": 1.0}, table=table, yes="sa", no="so").agree([DIFFERENT]) == [True]
 
 
+@pytest.mark.parametrize(
+    ("end", "floor", "said"),
+    [
+        (1e-9, 0.1, None),  # "not sure" begins with n, and with no, and is no "no"
+        (1e-9, 0.0, False),
+        (0.5, 0.1, False),
+    ],
+)
+def test_a_word_of_several_tokens_counts_with_its_end_only(
+    tmp_path: Path, end: float, floor: float, said: bool | None
+) -> None:
+    table = {"n": {"o": 1.0}, "o": {"t": 1.0 - end, markov.END: end}, "y": {"e": 1.0}, "e": {"s": 1.0}, "s": {"s": 1.0}}
+    options: dict[str, Any] = {"table": table, "model": {"phrases": ()}, "floor": floor}
+    assert local(tmp_path, {"n": 0.9, "y": 0.1}, **options).agree([DIFFERENT]) == [said]
+
+
+def test_words_that_begin_like_an_answer_in_capitals_do_not_reach_the_floor(tmp_path: Path) -> None:
+    """yes and no are tokens, YES and NO are not: "Y" begins "You" as well."""
+    table = {"Y": {"o": 1.0}, "N": {"o": 1.0}, "o": {"u": 1.0}, "u": {"u": 1.0}}
+    options: dict[str, Any] = {"table": table, "model": {"phrases": ("yes", "Yes", "no", "No")}}
+    assert local(tmp_path, {"Y": 0.5, "N": 0.44, "yes": 0.04, "no": 0.02}, **options).agree([DIFFERENT]) == [None]
+    assert local(tmp_path, {"Y": 0.5, "N": 0.3, "yes": 0.04, "no": 0.16}, **options).agree([DIFFERENT]) == [False]
+
+
+def test_every_end_of_a_reply_ends_an_answer(tmp_path: Path) -> None:
+    """The template's end of turn may be no end token of the tokenizer, only one of the generation config."""
+    table = {"n": {"o": 1.0}, "o": {"<turn>": 1.0}}
+    judge = local(tmp_path, {"n": 1.0}, table=table, model={"phrases": ("<turn>",)})
+    assert judge.agree([DIFFERENT]) == [None]
+    turn = markov.tokenizer(("<turn>",)).convert_tokens_to_ids("<turn>")
+    (tmp_path / "judge" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, turn]}))
+    judge.setup(CPU)
+    assert judge.agree([DIFFERENT]) == [False]
+
+
 def test_local_probabilities_are_the_models_own(tmp_path: Path) -> None:
-    judge = local(tmp_path, {"y": 0.3, "Y": 0.2, "n": 0.1, "N": 0.05, "m": 0.35})
+    judge = local(tmp_path, {"yes": 0.3, "Yes": 0.2, "no": 0.1, "No": 0.05, "m": 0.35})
     model = judge._model
     assert model is not None
     prompts = [model.prompt(question(DIFFERENT)), model.prompt(question(pair("1", "22", "meta")))]
@@ -187,19 +226,19 @@ def test_local_probabilities_are_the_models_own(tmp_path: Path) -> None:
 
 def test_a_question_longer_than_the_context_is_neither(tmp_path: Path) -> None:
     short = pair("8", "9")
-    fits = len(markov.tokenizer()(question(short)[0]["content"])["input_ids"]) + len("yes") + 1
-    judge = local(tmp_path, {"y": 1.0}, model={"context": fits})
+    fits = len(markov.tokenizer(WORDS)(question(short)[0]["content"])["input_ids"]) + 2  # the word and an end
+    judge = local(tmp_path, {"yes": 1.0}, model={"context": fits})
     assert judge.agree([short, pair("88", "9"), pair("8", "9")]) == [True, None, True]
 
 
 def test_an_equal_pair_needs_no_model(tmp_path: Path) -> None:
-    judge = local(tmp_path, {"n": 1.0})
+    judge = local(tmp_path, {"no": 1.0})
     assert judge.agree([pair("The product.", "the  product"), DIFFERENT]) == [True, False]
     assert judge.agree([]) == []
 
 
 def test_a_local_judge_before_setup_and_after_teardown(tmp_path: Path) -> None:
-    judge = local(tmp_path, {"y": 1.0})
+    judge = local(tmp_path, {"yes": 1.0})
     judge.teardown()
     with pytest.raises(ScoringError) as caught:
         judge.agree([DIFFERENT])
@@ -303,7 +342,7 @@ def test_an_unknown_constraint() -> None:
 
 
 def test_the_floor_is_on_the_sum_of_both_answers(tmp_path: Path) -> None:
-    after = {"y": 0.06, "n": 0.05, "m": 0.89}
-    assert math.isclose(after["y"] + after["n"], 0.11)
+    after = {"yes": 0.06, "no": 0.05, "m": 0.89}
+    assert math.isclose(after["yes"] + after["no"], 0.11)
     assert local(tmp_path, after, floor=0.105).agree([DIFFERENT]) == [True]
     assert local(tmp_path, after, floor=0.115).agree([DIFFERENT]) == [None]

@@ -25,7 +25,7 @@ from distillkit.testing import check_reward, rollout_batch, student_info
 from distillkit.types import NOT_A_SCORE, UNKNOWN, RewardOutput, RolloutBatch
 from tests.rewards.batches import batch
 from tests.rewards.gsrm import markov
-from tests.rewards.gsrm.chat_server import Answer, chat_server, says
+from tests.rewards.gsrm.chat_server import Answer, chat_server, nobody, says
 
 
 class Letters(Decomposer):
@@ -208,7 +208,7 @@ def test_the_problem_is_the_prompt_or_a_column() -> None:
     )
 
 
-def test_rows_without_a_trace_are_refused_at_the_start() -> None:
+def test_rows_without_a_trace_are_named_at_the_start() -> None:
     rows = [
         {"teacher_trace": "mqa"},
         {"teacher_trace": ""},
@@ -227,6 +227,12 @@ def test_rows_without_a_trace_are_refused_at_the_start() -> None:
     assert made.check_rows(rows) == [(1, empty), (2, empty), (3, empty), (4, no_text), (5, empty), (6, absent)]
     assert StructureReward(decomposer=Letters(), without_trace="skip").check_rows(rows) == [(4, no_text)]
     assert StructureReward(decomposer=Letters(), trace="chain").check_rows([{"chain": "mqa"}]) == []
+
+
+def test_rows_without_a_trace_are_undecided() -> None:
+    for made in (reward(), reward(without_trace="undecided")):
+        for row in ({"teacher_trace": None}, {"teacher_trace": " "}):
+            assert outcome(made, ["mqa", ""], row) == ([None, None], ["undecided"] * 2)
 
 
 def test_rows_without_a_trace_may_skip_the_reward() -> None:
@@ -262,7 +268,7 @@ def test_models_are_opened_and_closed_with_the_reward() -> None:
     ("arguments", "text"),
     [
         ({"normalize": "steps"}, "normalize\n    got:      'steps'\n    expected: none or teacher_steps"),
-        ({"without_trace": "drop"}, "without_trace\n    got:      'drop'\n    expected: refuse or skip"),
+        ({"without_trace": "drop"}, "without_trace\n    got:      'drop'\n    expected: undecided or skip"),
         ({"coverage_weight": -0.1}, "coverage_weight\n    got:      -0.1\n    expected: at least 0"),
         ({"think_end": ""}, "think_end\n    got:      ''\n    expected: text, such as </think>, or null"),
     ],
@@ -290,6 +296,8 @@ def test_a_served_decomposer_and_a_served_judge_together() -> None:
 
     def answers(body: Any, number: int) -> Answer:
         words = body["messages"][-1]["content"]
+        if body["max_tokens"] == 1:
+            return says("Yes")
         if body["model"] == "judge":
             ours, theirs = (words.split(f"{who} solution, ")[1].split("\n")[1] for who in ("First", "Second"))
             return says("Yes." if ours == theirs else "no")
@@ -309,8 +317,28 @@ def test_a_served_decomposer_and_a_served_judge_together() -> None:
     values = [None if math.isnan(v) else v for v in output.values[:, 0].tolist()]
     assert values == [3.0, 2.5, 0.0, None]
     assert output.status == (("scored", "scored", "scored", "undecided"),)
-    # Equal texts need no judge: one meta and one answer differ.
-    assert sum(asked.body["model"] == "judge" for asked in server.asked) == 2
+    # One probe each. Equal texts need no judge: one meta and one answer differ.
+    assert [asked.body["model"] for asked in server.asked if asked.body["max_tokens"] == 1] == ["gsrm", "judge"]
+    assert sum(asked.body["model"] == "judge" for asked in server.asked) == 1 + 2
+
+
+def test_servers_that_cannot_be_used_are_refused_at_setup() -> None:
+    def answers(body: Any, number: int) -> Answer:
+        return Answer("no such model", status=404) if body["model"] == "wrong" else says("yes")
+
+    with chat_server(answers) as server:
+        right, wrong = ({"base_url": server.url, "model": model} for model in ("right", "wrong"))
+        for made, argument in (
+            (StructureReward(decomposer=ServerDecomposer(**wrong)), "decomposer.model"),
+            (StructureReward(decomposer=ServerDecomposer(**right), judge=ServerJudge(**wrong)), "judge.model"),
+            (StructureReward(decomposer=Letters(), judge=ServerJudge(**wrong)), "judge.model"),
+            (StructureReward(decomposer=ServerDecomposer(base_url=nobody(), model="m")), "decomposer.base_url"),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                made.setup(student_info())
+            made.teardown()
+            assert str(caught.value).startswith(f"model.rewards: gsrm.{argument}: the server cannot be used\n")
+    assert [asked.body["model"] for asked in server.asked] == ["wrong", "right", "wrong", "wrong"]
 
 
 def rollouts() -> RolloutBatch:
