@@ -22,7 +22,7 @@ def unfinished(schedules: Mapping[str, BetaScheduler], max_steps: int) -> list[s
     if max_steps < 0:
         return []
     return [
-        f"{path}: {type(schedule).__name__} reaches its end in {needed} steps, and trainer.max_steps is {max_steps}: "
+        f"{path}: {type(schedule).__name__} needs {needed} steps to end, and trainer.max_steps is {max_steps}: "
         "the run ends first"
         for path, schedule in schedules.items()
         if (needed := schedule.steps_needed) is not None and needed > max_steps

@@ -41,9 +41,8 @@ def test_a_run_that_ends_before_its_schedules_is_told_so() -> None:
         "model.schedules.distil_temperature": Foreign(),
     }
     assert unfinished(schedules, 40) == [
-        "model.reference_beta: Cosine reaches its end in 41 steps, and trainer.max_steps is 40: the run ends first",
-        "model.schedules.policy_weight: Switch reaches its end in 41 steps, and trainer.max_steps is 40: the run ends "
-        "first",
+        "model.reference_beta: Cosine needs 41 steps to end, and trainer.max_steps is 40: the run ends first",
+        "model.schedules.policy_weight: Switch needs 41 steps to end, and trainer.max_steps is 40: the run ends first",
     ]
     assert unfinished(schedules, 41) == unfinished(schedules, -1) == []
 

@@ -117,10 +117,10 @@ class Expansion:
             args = self._function_arguments(target, class_path, args, at)
             class_path, target = _FUNCTION_REWARD, registry.import_object(_FUNCTION_REWARD)
         found = len(self.problems)
-        init_args = self.arguments(target, args, at)
+        args = self.arguments(target, args, at)
         if kind == "beta" and len(self.problems) == found and "dict_kwargs" not in spec:
-            self._check_schedule(target, init_args, at)
-        call = {"class_path": class_path, "init_args": init_args}
+            self._check_schedule(target, args, at)
+        call = {"class_path": class_path, "init_args": args}
         return call | ({"dict_kwargs": spec["dict_kwargs"]} if "dict_kwargs" in spec else {})
 
     def _chosen(self, base: type[Any], spec: Any, path: KeyPath) -> Any:

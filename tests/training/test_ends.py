@@ -145,7 +145,7 @@ def test_a_schedule_that_ends_after_the_run_is_named_before_the_models_are_loade
     module = on_policy(beta=Switch(before=1.0, after=0.0, at=40))
     with pytest.raises(RuntimeError, match="loads"):
         fit("run", steps=2, module=module)
-    said = "Note: model.beta: Switch reaches its end in 41 steps, and trainer.max_steps is 2: the run ends first\n"
+    said = "Note: model.beta: Switch needs 41 steps to end, and trainer.max_steps is 2: the run ends first\n"
     assert capsys.readouterr().out.count(said) == 1
 
 
