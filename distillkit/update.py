@@ -366,8 +366,9 @@ def _finish(total: Tensor, learning: Tensor, settings: StepSettings, backend: St
     finite = torch.isfinite(total) & torch.isfinite(norm)
     votes = torch.stack([finite, ~learning.any()]).to(torch.int64)
     all_finite, none_learns = backend.all_reduce(votes, "min").tolist()
-    if all_finite and not none_learns:
+    if all_finite:
         meters.add_sum("train/grad_norm", float(norm), 1.0)
+    if all_finite and not none_learns:
         backend.optimizer_step()
     backend.zero_grad()
     if not all_finite:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = ["RowCache", "RowLayer", "unsupported_layers"]
 
-_SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+# DummyLayer, of layers without a cache, is new in transformers 5.20.
+_SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 """Exactly these: a subclass may hold more state than keys and values."""
 
 
