@@ -192,7 +192,7 @@ def refusal(target: Callable[..., Any], given: Mapping[str, Any]) -> str | None:
     """
     parser = _parser(target)
     try:
-        parsed = parser.instantiate_classes(parser.parse_object(copy.deepcopy(dict(given))))
+        parsed = parser.instantiate(parser.parse_object(copy.deepcopy(dict(given))))
         target(**parsed.as_dict())
     except ConfigError as error:
         return str(error)
