@@ -116,6 +116,8 @@ class RolloutSampler(Component):
     kind = "sampler"
     same_engine: ClassVar[bool] = False
     """True when the sampler runs the trainer's own weights in place: behaviour and old policy are then the same."""
+    max_engine_gap: float | None = None
+    """Mean |log π_old − log μ| in nats/token above which the step stops; None: another policy's tokens are fine."""
     on_policy: ClassVar[bool] = True
     """False when some tokens are not draws of the student's: no policy gradient or estimate may be made of them."""
 

@@ -46,6 +46,7 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "sampler": {
             "hf": "distillkit.samplers.hf.HFSampler",
+            "vllm": "distillkit.samplers.vllm.VLLMSampler",
             "replay": "distillkit.samplers.replay.ReplaySampler",
             "mixed": "distillkit.samplers.mixed.MixedSampler",
         },

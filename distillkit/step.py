@@ -178,7 +178,7 @@ class DistillationStep:
         several = self.settings.inner_epochs * self.settings.minibatches > 1
         batch = PreparedBatch(
             rollouts=rollouts, rewards=rewards, teacher=teacher, reference=reference, weights=weights, context=context,
-            plan=plan, same_engine=self.parts.sampler.same_engine,
+            plan=plan, same_engine=self.parts.sampler.same_engine, max_engine_gap=self.parts.sampler.max_engine_gap,
         )  # fmt: skip
         if several or (frozen and self.settings.distill_through == "reward"):
             with clock.phase("old_policy"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distillkit.backends import StepBackend
 from distillkit.components import Aggregation, DistillThrough, DivergenceEstimator, Masker, PolicyObjective
+from distillkit.engine_gap import EngineGap
 from distillkit.functional.aggregation import denominator, token_coefficients
 from distillkit.functional.objectives import importance_weights
 from distillkit.functional.packing import micro_batches
@@ -84,6 +85,7 @@ class PreparedBatch:
 
     `old_logprobs` is None when the first forward of the only update gives them; `frozen_divergence` is the divergence
     of the old policy, where the distillation goes through an advantage or a reward and a pass was needed to know it.
+    Without `same_engine`, `max_engine_gap` stops a run whose sampler and trainer disagree by more nats/token.
     """
 
     rollouts: RolloutBatch
@@ -94,6 +96,7 @@ class PreparedBatch:
     context: StepContext
     plan: ScorePlan
     same_engine: bool
+    max_engine_gap: float | None = None
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
     scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     old_logprobs: Tensor | None = None
@@ -153,7 +156,7 @@ def update(
     optimizer with momentum or weight decay would move the weights on a gradient of 0 too. Metrics are means over the
     tokens of rollouts that are learned from, whether or not the others are sent through the student.
     """
-    record = PerTokenRecord(batch)
+    record, gap = PerTokenRecord(batch), EngineGap(batch.rollouts, batch.max_engine_gap)
     outcomes: Counter[_Outcome] = Counter()
     tokens = 0
     for epoch in range(settings.inner_epochs):
@@ -170,6 +173,9 @@ def update(
                     tokens += int(batch.rollouts.lengths[part.index].sum())
                     if first:
                         record.keep(part.index, scores)
+                        gap.add(part.index, _old(batch, scores, part.index))
+            if first and not batch.same_engine and not outcomes:
+                gap.check(batch.context.step, backend, meters)
             outcomes[_finish(total, coefficients.learning, settings, backend, meters)] += 1
     meters.add_count("train/skipped_updates", outcomes["not finite"] / backend.world_size)
     meters.add_count("train/empty_updates", outcomes["nothing to learn"] / backend.world_size)
@@ -298,7 +304,7 @@ def _loss(
     length = scores.logprobs.shape[1]
     cut = (index, slice(None, length))
     teacher = None if batch.teacher is None else batch.teacher.select(index, length)
-    old = scores.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[cut]
+    old = _old(batch, scores, index)
     learned = scores.loss_mask & coefficients.learning[index, None] & part.real
     loss = (scores.logprobs.sum() + scores.distil_logprobs.sum()) * 0.0
     divergence = scores.divergence if frozen is None else frozen[cut]
@@ -321,6 +327,13 @@ def _loss(
         loss = loss + _weighted(scores.reference_divergence, factor)
     meters.add_count("train/loss", float(loss.detach()))
     return loss, scores
+
+
+def _old(batch: PreparedBatch, scores: StudentScores, index: Tensor) -> Tensor:
+    """Log-probs [n, L] of the policy before the first update, detached."""
+    if batch.old_logprobs is None:
+        return scores.logprobs.detach()
+    return batch.old_logprobs[index, : scores.logprobs.shape[1]]
 
 
 def _weighted(values: Tensor, factor: Tensor) -> Tensor:

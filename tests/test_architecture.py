@@ -17,7 +17,7 @@ TIERS = [
     {"components", "registry", "embedded"},
     {"models"},
     {"samplers", "teachers", "rewards", "divergences", "betas", "maskers", "objectives"},
-    {"backends", "clock", "meters", "refusals", "schedules", "per_token", "update", "step"},
+    {"backends", "clock", "meters", "refusals", "schedules", "engine_gap", "per_token", "update", "step"},
     {"training", "data", "evaluation", "reporting"},
     {"runs"},
     {"cli", "__main__"},

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 
-from distillkit.cli.arguments import arguments_of, slots
-from distillkit.cli.recipe import IsSlot, Recipe
+from distillkit.cli.arguments import BASES, arguments_of, slots
+from distillkit.cli.recipe import Recipe, Slots
 from distillkit.cli.shortnames import Expansion
 from distillkit.errors import did_you_mean
-from distillkit.registry import import_object
+from distillkit.registry import find, import_object, load
 
-__all__ = ["Canonical", "Refused", "canonical", "json_ready", "slot_test"]
+__all__ = ["Canonical", "Refused", "canonical", "json_ready", "slots_of"]
 
 Refused = Callable[[type[pl.LightningModule], Mapping[str, Any]], Iterator[tuple[str, str]]]
 """Given the module class and what the user set under `trainer`: (key, error text) of what cannot be honoured."""
@@ -32,11 +33,21 @@ class Canonical:
     tree: Mapping[str, Any]
 
 
-def slot_test(tree: Mapping[str, Any], default_model: type[pl.LightningModule]) -> IsSlot:
+def slots_of(tree: Mapping[str, Any], default_model: type[pl.LightningModule]) -> Slots:
     """Return which paths of a config hold parts, by the type hints of the module it chooses."""
     model = _class_of("model", tree, default_model, None)
-    names = {name for name, offered in slots(model).items() if any(slot.kind for slot in offered)}
-    return lambda at: len(at) > 1 and at[0] == "model" and at[1] in names
+    kinds = {name: next((slot.kind for slot in offered if slot.kind), None) for name, offered in slots(model).items()}
+    return Slots({name: partial(_shared, kind) for name, kind in kinds.items() if kind is not None})
+
+
+def _shared(kind: str, name: str) -> list[str]:
+    """The arguments of a part that all of its kind have; none of a part that cannot be imported, as is said later."""
+    try:
+        part = import_object(name) if "." in name else load(find(kind, name))
+        own = arguments_of(part)
+    except Exception:  # importing someone's module may raise anything
+        return []
+    return [argument for argument in arguments_of(BASES[kind]) if argument in own]
 
 
 def canonical(

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from distillkit.cli import listing
 from distillkit.cli.arguments import dump, slots
-from distillkit.cli.canonical import Canonical, canonical, json_ready, slot_test
+from distillkit.cli.canonical import Canonical, canonical, json_ready, slots_of
 from distillkit.cli.environment import describe
 from distillkit.cli.launch import Launch, agree, global_rank, plan
 from distillkit.cli.recipe import read_recipe, recipe_text
@@ -76,7 +76,7 @@ class DistillCLI(LightningCLI):
     ) -> None:
         self.command = argv[0]
         self.default_model = model_class
-        self.recipe = read_recipe(self.command, argv[1:], lambda tree: slot_test(tree, model_class))
+        self.recipe = read_recipe(self.command, argv[1:], lambda tree: slots_of(tree, model_class))
         chosen, arguments = Canonical(model_class, data_class, {}), [*self.recipe.flags]
         _answer_slot_help(self.recipe.flags, model_class)
         if not any(_asks_for_help(flag) for flag in self.recipe.flags):

@@ -13,10 +13,29 @@ from distillkit.cli.shipped import find_config, run_name
 from distillkit.cli.yaml_file import KeyPath, Raw, dotted, dump_yaml, load_yaml, plain, source_path, typed
 from distillkit.errors import ConfigError, problem
 
-__all__ = ["COMMAND_LINE", "Arguments", "IsSlot", "Recipe", "override", "read_arguments", "read_recipe", "recipe_text"]
+__all__ = ["COMMAND_LINE", "Arguments", "Recipe", "Slots", "override", "read_arguments", "read_recipe", "recipe_text"]
 
-IsSlot = Callable[[KeyPath], bool]
-"""Whether the value at a path is a part: a text there is its name."""
+
+@dataclass(frozen=True)
+class Slots:
+    """Which paths hold parts (a text there is a part's name), and what a part that is named alone keeps.
+
+    `shared`: argument of the module that holds parts -> given a part's name, the arguments it shares with all parts of
+    its slot.
+    """
+
+    shared: Mapping[str, Callable[[str], Collection[str]]]
+
+    def __call__(self, at: KeyPath) -> bool:
+        return len(at) > 1 and at[0] == "model" and at[1] in self.shared
+
+    def kept(self, node: Any, name: str, at: KeyPath) -> dict[str, Any]:
+        """Return what stays of the part `node` when `name` takes its place."""
+        if not self(at) or not isinstance(node, Mapping):
+            return {}
+        arguments = {**node, **(node.get("init_args") or {})}
+        return {key: arguments[key] for key in self.shared[str(at[1])](name) if key in arguments}
+
 
 _CLASS_FORM = frozenset({"class_path", "init_args", "dict_kwargs"})
 _CLASS_KEYS = frozenset({("model",), ("model", "class_path")})
@@ -97,17 +116,18 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     return Arguments(configs=tuple(configs), overrides=tuple(overrides), flags=tuple(flags))
 
 
-def read_recipe(command: str, argv: Sequence[str], is_slot: Callable[[Mapping[str, Any]], IsSlot]) -> Recipe:
+def read_recipe(command: str, argv: Sequence[str], slots_of: Callable[[Mapping[str, Any]], Slots]) -> Recipe:
     """Read the config files that `argv` names and put its overrides on top.
 
-    The command line wins over files, later files over earlier ones. Naming a part (a text, or a mapping with `name` or
-    `class_path`) starts it afresh; a mapping without either, or a longer path on the command line, changes single
-    arguments of the part that is there. `--key+ value` appends to a list.
+    The command line wins over files, later files over earlier ones. Naming a part starts it afresh; a name alone
+    (`--model.sampler vllm`) keeps what all parts of the slot have, such as a sampler's `group_size`. A mapping without
+    `name` and `class_path`, or a longer path on the command line, changes single arguments of the part that is there.
+    `--key+ value` appends to a list.
 
     Args:
         command: the subcommand.
         argv: the arguments after it.
-        is_slot: given the tree so far, which paths hold parts.
+        slots_of: given the tree so far, which paths hold parts.
     """
     arguments = read_arguments(argv)
     tree: dict[str, Any] = {}
@@ -117,10 +137,10 @@ def read_recipe(command: str, argv: Sequence[str], is_slot: Callable[[Mapping[st
         path = find_config(config)
         text, value, marks = _read_file(path, config)
         name = _config_name(path)
-        tree = override(tree, (), value, is_slot({**tree, **value}))
+        tree = override(tree, (), value, slots_of({**tree, **value}))
         sources |= marks
     for keys, value in sorted(arguments.overrides, key=lambda item: item[0] not in _CLASS_KEYS):
-        tree = override(tree, keys, value, is_slot(tree))
+        tree = override(tree, keys, value, slots_of(tree))
         at = source_path(tuple(key.removesuffix("+") for key in keys))
         if not isinstance(value, Mapping) and not keys[-1].endswith("+"):
             sources = {p: s for p, s in sources.items() if p[: len(at)] != at}
@@ -135,15 +155,19 @@ def read_recipe(command: str, argv: Sequence[str], is_slot: Callable[[Mapping[st
     )
 
 
-def override(node: Any, keys: Sequence[str], value: Any, is_slot: IsSlot, at: KeyPath = ()) -> Any:
+def override(node: Any, keys: Sequence[str], value: Any, slots: Slots, at: KeyPath = ()) -> Any:
     """Return `node` with `value` put at `keys`; `node` itself is left as it is.
 
     Example:
-        >>> override({"model": {"divergence": "topk"}}, ["model", "divergence", "k"], 5, lambda path: True)
+        >>> slots = Slots({"divergence": lambda name: (), "sampler": lambda name: ["group_size"]})
+        >>> override({"model": {"divergence": "topk"}}, ["model", "divergence", "k"], 5, slots)
         {'model': {'divergence': {'name': 'topk', 'k': 5}}}
+        >>> tree = {"model": {"sampler": {"name": "hf", "group_size": 4, "rows_per_batch": 64}}}
+        >>> override(tree, ["model", "sampler"], "vllm", slots)
+        {'model': {'sampler': {'name': 'vllm', 'group_size': 4}}}
     """
     if not keys:
-        return _merge(node, value, is_slot, at)
+        return _merge(node, value, slots, at)
     head, rest = keys[0], keys[1:]
     if isinstance(node, list) and node:
         index = int(head) if head.isdigit() else len(node) - 1
@@ -156,15 +180,15 @@ def override(node: Any, keys: Sequence[str], value: Any, is_slot: IsSlot, at: Ke
                     expected=f"0 to {len(node) - 1}, or --{dotted(at)}+ to append",
                 )
             )
-        return [*node[:index], override(node[index], below, value, is_slot, (*at, index)), *node[index + 1 :]]
-    mapping = _as_mapping(node, is_slot, at)
-    if not rest and _names_part({head}, is_slot, at):
+        return [*node[:index], override(node[index], below, value, slots, (*at, index)), *node[index + 1 :]]
+    mapping = _as_mapping(node, slots, at)
+    if not rest and _names_part({head}, slots, at):
         return {head: value}
     if head == "init_args" and "class_path" not in mapping:
-        return override(mapping, rest, value, is_slot, at)
+        return override(mapping, rest, value, slots, at)
     if "class_path" in mapping and head not in _CLASS_FORM and head not in mapping and _nested(mapping):
         inner = mapping.get("init_args") or {}
-        return {**mapping, "init_args": override(inner, keys, value, is_slot, at)}
+        return {**mapping, "init_args": override(inner, keys, value, slots, at)}
     for end in range(len(keys), 1, -1):
         if (joined := ".".join(keys[:end])) in mapping:
             head, rest = joined, keys[end:]
@@ -174,7 +198,7 @@ def override(node: Any, keys: Sequence[str], value: Any, is_slot: IsSlot, at: Ke
         before = mapping.get(head)
         items = before if isinstance(before, list) else [] if before is None else [before]
         return {**mapping, head: [*items, *(value if isinstance(value, list) else [value])]}
-    return {**mapping, head: override(mapping.get(head), rest, value, is_slot, (*at, head))}
+    return {**mapping, head: override(mapping.get(head), rest, value, slots, (*at, head))}
 
 
 def recipe_text(recipe: Recipe, config: Mapping[str, Any]) -> str:
@@ -207,25 +231,27 @@ def _child(canonical: Any, key: Any) -> Any:
     return canonical[key] if isinstance(canonical, list) and isinstance(key, int) and key < len(canonical) else None
 
 
-def _merge(node: Any, value: Any, is_slot: IsSlot, at: KeyPath) -> Any:
-    if not isinstance(value, Mapping) or _names_part(value.keys(), is_slot, at):
+def _merge(node: Any, value: Any, slots: Slots, at: KeyPath) -> Any:
+    if isinstance(value, str) and (kept := slots.kept(node, value, at)):
+        return {**_as_mapping(value, slots, at), **kept}
+    if not isinstance(value, Mapping) or _names_part(value.keys(), slots, at):
         return value
-    if isinstance(node, str) and not is_slot(at):
+    if isinstance(node, str) and not slots(at):
         return value
     for key, item in value.items():
-        node = override(node, (str(key),), item, is_slot, at)
+        node = override(node, (str(key),), item, slots, at)
     return {} if node is None else node
 
 
-def _names_part(keys: Collection[str], is_slot: IsSlot, at: KeyPath) -> bool:
-    return "class_path" in keys or ("name" in keys and is_slot(at))
+def _names_part(keys: Collection[str], slots: Slots, at: KeyPath) -> bool:
+    return "class_path" in keys or ("name" in keys and slots(at))
 
 
-def _as_mapping(node: Any, is_slot: IsSlot, at: KeyPath) -> dict[str, Any]:
+def _as_mapping(node: Any, slots: Slots, at: KeyPath) -> dict[str, Any]:
     if isinstance(node, Mapping):
         return dict(node)
     if isinstance(node, str):
-        if is_slot(at):
+        if slots(at):
             return {"class_path" if "." in node else "name": str(node)}
         if at and at[0] in ("model", "trainer"):
             return {"class_path": str(node)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distillkit.cli import shipped
-from distillkit.cli.canonical import canonical, slot_test
+from distillkit.cli.canonical import canonical, slots_of
 from distillkit.cli.main import main
 from distillkit.cli.recipe import read_recipe
 from distillkit.data import PromptData
@@ -148,7 +148,7 @@ def test_every_recipe_that_ships_says_what_it_is() -> None:
 @pytest.mark.parametrize("name", shipped.recipes())
 def test_every_recipe_that_ships_parses_with_the_real_module(name: str) -> None:
     argv = ["--config", name, "--model.student", "any"]
-    recipe = read_recipe("fit", argv, lambda tree: slot_test(tree, OnPolicyDistillation))
+    recipe = read_recipe("fit", argv, lambda tree: slots_of(tree, OnPolicyDistillation))
     expanded = canonical(
         recipe, "fit", default_model=OnPolicyDistillation, default_data=PromptData, refused=lambda *_: iter(())
     )

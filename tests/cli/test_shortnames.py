@@ -232,6 +232,20 @@ def test_later_files_win_and_a_mapping_without_a_name_changes_single_arguments(t
     assert (model["sampler"]["init_args"]["group_size"], model["sampler"]["init_args"]["temperature"]) == (2, 1.0)
 
 
+def test_a_name_alone_keeps_what_all_parts_of_the_slot_have(tmp_path: Path) -> None:
+    sampler = "{name: hf, group_size: 2, temperature: 0.5, rows_per_batch: 64}"
+    (tmp_path / "base.yaml").write_text(f"model: {{student: x, sampler: {sampler}}}\ntrainer: {{max_steps: 1}}\n")
+
+    def swapped(name: str) -> dict[str, Any]:
+        return Parsed.config("fit", "--config", "base.yaml", "--model.sampler", name)["model"]["sampler"]
+
+    vllm = swapped("vllm")
+    assert vllm["class_path"] == "distillkit.samplers.vllm.VLLMSampler"
+    assert (vllm["init_args"]["group_size"], vllm["init_args"]["temperature"]) == (2, 0.5)
+    assert "rows_per_batch" not in vllm["init_args"]
+    assert swapped("hf")["init_args"]["rows_per_batch"] == 256
+
+
 @pytest.mark.parametrize(
     "argv",
     [["--model.class_path", f"{STAND_INS}.OtherModule"], ["--model", f"{STAND_INS}.OtherModule"]],

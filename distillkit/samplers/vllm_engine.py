@@ -1,0 +1,128 @@
+"""A vLLM engine in this process: weights in, token ids and log-probs out. The one file that knows vLLM's names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+__all__ = ["EngineCompletion", "InProcessEngine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCompletion:
+    """Token ids of one completion, the end token included, and their log-probs as the engine drew from them."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stopped: bool
+
+
+class InProcessEngine:
+    """An engine without weights of its own: `load` gives it the trainer's, as often as they change.
+
+    Args:
+        config: the model's Hugging Face config.
+        max_model_len: prompt and completion tokens of the longest sequence.
+        arguments: further arguments of `vllm.LLM`.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(self, config: Any, *, max_model_len: int, arguments: Mapping[str, Any]) -> None:
+        # Weights are handed over as tensors, so the engine has to live in this process.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else some lines at every sync
+        with _undisturbed(), tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
+            import vllm
+
+            config.save_pretrained(folder)
+            self._vllm = vllm
+            self._llm = vllm.LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                logprobs_mode="processed_logprobs",
+                max_model_len=max_model_len,
+                disable_log_stats=True,
+                **arguments,
+            )
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace every weight, by its name in a checkpoint, and forget prefixes computed with the old ones."""
+        self._llm.collective_rpc(_load, args=(list(weights),))
+        self._llm.reset_prefix_cache()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, list[EngineCompletion]]]:
+        """Yield the place of a prompt and its completions, each prompt as soon as its last one is finished.
+
+        Args:
+            prompts: token ids.
+            settings: arguments of `vllm.SamplingParams`, one mapping a prompt.
+        """
+        engine = self._llm.llm_engine
+        final = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        for i, (ids, own) in enumerate(zip(prompts, settings, strict=True)):
+            params = self._vllm.SamplingParams(**own, logprobs=0, detokenize=False, ignore_eos=True, output_kind=final)
+            engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        yield int(output.request_id), [_completion(o) for o in output.outputs]
+        finally:
+            if engine.has_unfinished_requests():  # the consumer stopped early
+                engine.abort_request([str(i) for i in range(len(prompts))])
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        del self._llm
+        cleanup_dist_env_and_memory()
+
+
+def _completion(output: Any) -> EngineCompletion:
+    ids = tuple(output.token_ids)
+    logprobs = tuple(float(entry[token].logprob) for token, entry in zip(ids, output.logprobs, strict=True))
+    return EngineCompletion(ids=ids, logprobs=logprobs, stopped=output.finish_reason == "stop")
+
+
+def _load(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
+    """Run in the worker."""
+    worker.model_runner.reload_weights(weights_iterator=iter(weights))
+    model = worker.model_runner.get_model()
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear"):
+        # vLLM 0.32 on the CPU leaves a tied head with the packed copy of its old weights: log-probs then are wrong by
+        # nats, without an error.
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the process's random states and thread settings from vLLM's start, which sets both."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
