@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillkit.components import RolloutSampler, StudentInfo
 from distillkit.errors import ConfigError, ModelError, RolloutError, problem
@@ -163,18 +163,11 @@ class VLLMSampler(RolloutSampler):
 def _weights(student: StudentScorer) -> Iterator[tuple[str, Tensor]]:
     """The student's tensors by checkpoint name; rows of embedding and head beyond the shared vocabulary stay out."""
     model: Any = student.model
-    shared = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    head = {id(p) for p in model.get_output_embeddings().parameters()} - shared
-    for name, parameter in _named(model):
-        if tied and name.startswith("lm_head"):
-            continue
+    sides = model.get_input_embeddings(), model.get_output_embeddings()
+    by_token = {id(parameter) for side in sides for parameter in side.parameters()}
+    for name, parameter in model.named_parameters():  # a head that is the embedding comes once
         whole = parameter.detach()
-        yield name, whole[: student.vocab_limit] if id(parameter) in shared | head else whole
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+        yield name, whole[: student.vocab_limit] if id(parameter) in by_token else whole
 
 
 def _parameters(request: SampleRequest, info: StudentInfo) -> Mapping[str, Any]:
