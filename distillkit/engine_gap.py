@@ -32,7 +32,7 @@ class EngineGap:
     def __init__(self, rollouts: RolloutBatch, limit: float | None) -> None:
         self._rollouts = rollouts
         self._limit = limit
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=rollouts.tokens.device)
 
     def add(self, index: Tensor, old_logprobs: Tensor) -> None:
         """Count the sampled tokens of rollouts `index` [n]; `old_logprobs` [n, L] at the sampling temperature."""
@@ -40,7 +40,7 @@ class EngineGap:
         behaviour = self._rollouts.behaviour_logprobs[index, :length]
         known = self._rollouts.loss_mask[index, :length] & ~behaviour.isnan()
         gaps = (old_logprobs.detach() - behaviour)[known].abs().double()
-        self._sums += torch.stack([gaps.sum(), torch.tensor(float(gaps.numel()), device=gaps.device)]).cpu()
+        self._sums += torch.stack([gaps.sum(), known.sum().double()])
 
     def check(self, step: int, backend: StepBackend, meters: Meters) -> None:
         """Record `train/engine_gap`, and stop every rank when the mean over all of them is above the limit.
@@ -49,7 +49,7 @@ class EngineGap:
             TrainingStopped: before the update, so that checkpoints hold nothing learned from these rollouts.
         """
         meters.add_sum("train/engine_gap", *self._sums.tolist())
-        total, count = backend.all_reduce(self._sums.to(self._rollouts.tokens.device), "sum").tolist()
+        total, count = backend.all_reduce(self._sums, "sum").tolist()
         if self._limit is not None and count and not total / count <= self._limit:
             where = f"step {step + 1}: the engine that sampled and the trainer disagree about the sampled tokens"
             expected = f"at most {self._limit:g} (model.sampler.max_engine_gap)"

@@ -156,7 +156,8 @@ def update(
     optimizer with momentum or weight decay would move the weights on a gradient of 0 too. Metrics are means over the
     tokens of rollouts that are learned from, whether or not the others are sent through the student.
     """
-    record, gap = PerTokenRecord(batch), EngineGap(batch.rollouts, batch.max_engine_gap)
+    record = PerTokenRecord(batch)
+    gap = None if batch.same_engine else EngineGap(batch.rollouts, batch.max_engine_gap)
     outcomes: Counter[_Outcome] = Counter()
     tokens = 0
     for epoch in range(settings.inner_epochs):
@@ -173,9 +174,11 @@ def update(
                     tokens += int(batch.rollouts.lengths[part.index].sum())
                     if first:
                         record.keep(part.index, scores)
+                    if gap is not None:
                         gap.add(part.index, _old(batch, scores, part.index))
-            if first and not batch.same_engine and not outcomes:
+            if gap is not None:
                 gap.check(batch.context.step, backend, meters)
+                gap = None  # the first update's rollouts, before any weight has moved
             outcomes[_finish(total, coefficients.learning, settings, backend, meters)] += 1
     meters.add_count("train/skipped_updates", outcomes["not finite"] / backend.world_size)
     meters.add_count("train/empty_updates", outcomes["nothing to learn"] / backend.world_size)

@@ -1,9 +1,9 @@
 """Samplers: where the student's own completions come from (`model.sampler`).
 
 `hf` decodes with the trainer's own weights over the model's key/value cache · `vllm` hands them to a vLLM engine in the
-same process · `replay` reads recorded completions from
-a JSONL file · `mixed` lets another sampler answer some prompts and the dataset the others (GKD). `hf` is made of
-`decoding` (the loop), `drawing` (random tokens) and `row_cache` (rows come and go), `vllm` of `vllm_engine`.
+same process · `replay` reads recorded completions from a JSONL file · `mixed` lets another sampler answer some prompts
+and the dataset the others (GKD). `hf` is made of `decoding` (the loop), `drawing` (random tokens) and `row_cache` (rows
+come and go), `vllm` of `vllm_engine`.
 
 To add one: subclass `distillkit.components.RolloutSampler` in a file of this folder (or in your own package), implement
 `sync` and `sample`, register the class path under the group `distillkit.sampler`, and run

