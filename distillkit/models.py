@@ -210,13 +210,14 @@ def _check_head(model: PreTrainedModel, where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ScorePlan:
-    """What one forward of the student computes for each token: temperatures, divergences, entropy."""
+    """What one forward of the student computes for each token; `most_tokens` is the most that any rank sends."""
 
     sampling_temperature: float
     distil_temperature: float
     divergence: DivergenceEstimator | None = None
     reference_divergence: DivergenceEstimator | None = None
     entropy: bool = False
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -284,7 +285,7 @@ class StudentScorer(nn.Module):
         targets = batch.tokens[mask]
         head = LMHead(self.model)
         flat_teacher, flat_reference = _FlatScores.of(teacher, mask), _FlatScores.of(reference, mask)
-        chunks = list(self._chunks(len(targets)))
+        chunks = list(self._chunks(max(len(targets), plan.most_tokens)))
 
         def score(states: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
             sides = [None if side is None else side.rows(rows) for side in (flat_teacher, flat_reference)]
@@ -312,7 +313,7 @@ class StudentScorer(nn.Module):
 
     def _chunks(self, positions: int) -> Iterator[slice]:
         size = chunk_rows(self.vocab_limit, self.head_chunk)
-        # A micro-batch without a trainable token still has to reach the head, or a rank's gradients would be missing.
+        # Every rank calls the head, and equally often: a strategy may gather its weights with each call.
         for start in range(0, max(positions, 1), size):
             yield slice(start, start + size)
 
