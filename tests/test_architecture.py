@@ -15,7 +15,7 @@ TIERS = [
     {"errors", "types", "decomposition"},
     {"functional"},
     {"components", "registry", "embedded"},
-    {"models"},
+    {"models", "lora"},
     {"samplers", "teachers", "rewards", "divergences", "betas", "maskers", "objectives"},
     {"backends", "clock", "meters", "refusals", "schedules", "engine_gap", "per_token", "update", "step"},
     {"training", "data", "evaluation", "reporting"},

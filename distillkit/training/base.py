@@ -18,6 +18,7 @@ from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSam
 from distillkit.data import EvalBatch, PromptBatch, PromptData
 from distillkit.errors import ConfigError, DataError, ModelError, problem
 from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
+from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora
 from distillkit.models import (
     Dtype,
     StudentScorer,
@@ -47,6 +48,7 @@ class StudentModule(pl.LightningModule):
         rewards: judge completions.
         frozen: models that only score; they are never part of the module's parameters or checkpoint.
         dtype: of the student's weights.
+        lora: train adapters beside the weights instead of the weights.
         head_chunk: token positions per head call.
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: over the trainable parameters.
@@ -74,6 +76,7 @@ class StudentModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_updates: int,
         validate_at_start: bool,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,6 +85,7 @@ class StudentModule(pl.LightningModule):
         self.rewards = tuple(rewards)
         self.frozen = frozen
         self.dtype_name = dtype
+        self.lora, self.strict_loading = lora, lora is None  # with LoRA, a checkpoint has the adapters alone
         self.head_chunk = None if head_chunk is None else at_least("head_chunk", head_chunk, 1)
         self.gradient_checkpointing = gradient_checkpointing
         self.make_optimizer = optimizer
@@ -127,11 +131,9 @@ class StudentModule(pl.LightningModule):
         return self._tokenizer
 
     @property
-    def student_model(self) -> PreTrainedModel:
-        """The model inside the scorer: what is exported."""
-        model = self.scorer.model
-        assert isinstance(model, PreTrainedModel)
-        return model
+    def student_model(self) -> torch.nn.Module:
+        """The model inside the scorer, adapters included: what is exported."""
+        return self.scorer.model
 
     @property
     def student_info(self) -> StudentInfo:
@@ -159,8 +161,8 @@ class StudentModule(pl.LightningModule):
     def fingerprint(self) -> dict[str, str]:
         """Return digests of the models as the run found them, for `environment.json` and for resuming."""
         if self._fingerprint is None:
-            frozen = {key: part.identity() for key, part in self.frozen.items()}
-            self._fingerprint = {"student": fingerprint(self.student), **frozen}
+            own = {"student": fingerprint(self.student)} | ({"lora": self.lora.fingerprint()} if self.lora else {})
+            self._fingerprint = own | {key: part.identity() for key, part in self.frozen.items()}
         return self._fingerprint
 
     def load_student(self) -> PreTrainedModel:
@@ -189,6 +191,8 @@ class StudentModule(pl.LightningModule):
             part.setup(self._info)
         scorer = getattr(self, "scorer", None)
         model = self.load_student() if scorer is None else scorer.model
+        if scorer is None and self.lora is not None:
+            model = apply_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         torch.nn.Module.to(model, self._info.device)
@@ -295,7 +299,9 @@ class StudentModule(pl.LightningModule):
         return results
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run needs beside weights and optimizer."""
+        """Add what a resumed run needs beside weights and optimizer; with LoRA, keep of the weights the adapters."""
+        if self.lora is not None:
+            checkpoint["state_dict"] = adapter_state(self, checkpoint["state_dict"])
         checkpoint["distillkit"] = {
             "rollout_step": self.rollout_step,
             "cursor": self._cursor,
@@ -312,6 +318,7 @@ class StudentModule(pl.LightningModule):
             hint = "model.student takes model folders"
             raise ConfigError(problem("--ckpt_path: not a distillkit checkpoint", hint=hint))
         state = checkpoint["distillkit"]
+        check_same_lora(self.lora, state["models"].get("lora"))
         self.rollout_step, self._cursor = state["rollout_step"], state["cursor"]
         if self.trainer.state.fn != "fit":
             return
