@@ -6,20 +6,30 @@ A layer with weight W [out, in] computes with W + s·B·A: A [r, in] random, B [
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from distillkit.components import StudentBase
 from distillkit.errors import ConfigError, ModelError, did_you_mean, problem
+from distillkit.models import fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["LoraSettings", "adapter_state", "apply_lora", "check_same_lora", "is_lora", "merged_state_dict"]
+__all__ = [
+    "LoraSettings",
+    "adapter_state",
+    "apply_lora",
+    "check_same_lora",
+    "is_lora",
+    "merged_state_dict",
+    "student_base",
+]
 
 _WHERE = "model.lora"
 _ADAPTER = "default"
@@ -119,6 +129,13 @@ def check_same_lora(settings: LoraSettings | None, saved: str | None) -> None:
         raise ConfigError(problem(where, got=now or "no LoRA", expected=saved or "no LoRA", hint=hint))
 
 
+def student_base(
+    settings: LoraSettings | None, path: str, dtype: str, model: Callable[[], nn.Module]
+) -> StudentBase | None:
+    """Return what a part may know of the weights under the adapters; None without LoRA."""
+    return None if settings is None else StudentBase(identity=f"{fingerprint(path)}:{dtype}", model=model)
+
+
 def is_lora(model: nn.Module) -> TypeGuard[PeftModel]:
     """Return whether `model` has adapters."""
     return hasattr(model, "peft_config")
@@ -192,5 +209,5 @@ def _check_layers(model: PeftModel) -> None:
         if layer is head and layer.base_layer.weight is embeddings.weight:
             where = f"{_WHERE}.target_modules: the output head shares its weight with the embeddings"
             got = f"{name.removeprefix('base_model.model.')}, tied"
-            hint = "leave the head out, or untie it: tie_word_embeddings: false in the checkpoint's config.json"
-            raise ModelError(problem(where, got=got, expected="an adapter that can be merged", hint=hint))
+            hint = "leave the head out: merged, its adapter would change the embeddings too"
+            raise ModelError(problem(where, got=got, expected="layers with weights of their own", hint=hint))

@@ -18,7 +18,7 @@ from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSam
 from distillkit.data import EvalBatch, PromptBatch, PromptData
 from distillkit.errors import ConfigError, DataError, ModelError, problem
 from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
-from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora
+from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora, student_base
 from distillkit.models import (
     Dtype,
     StudentScorer,
@@ -80,11 +80,9 @@ class StudentModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.student = student
-        self.sampler = sampler
+        self.student, self.sampler = student, sampler
         self.rewards = tuple(rewards)
-        self.frozen = frozen
-        self.dtype_name = dtype
+        self.frozen, self.dtype_name = frozen, dtype
         self.lora, self.strict_loading = lora, lora is None  # with LoRA, a checkpoint has the adapters alone
         self.head_chunk = None if head_chunk is None else at_least("head_chunk", head_chunk, 1)
         self.gradient_checkpointing = gradient_checkpointing
@@ -348,6 +346,7 @@ class StudentModule(pl.LightningModule):
             eos_token_ids=self.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.trainer.strategy.root_device,
+            base=student_base(self.lora, self.student, self.dtype_name, lambda: self.student_model),
         )
 
     def _check_gold(self, training: bool) -> None:

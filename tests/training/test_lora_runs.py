@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -138,3 +140,32 @@ def test_adapters_beside_random_weights_are_refused(
     init = "{model_type: qwen3, hidden_size: 32}"
     assert main(["fit", "--config", "small/sft", "--model.init", init, "--model.lora.rank", "4"]) == 2
     assert "model.lora: adapters beside random weights, which would never learn" in capsys.readouterr().err
+
+
+REFERENCE = ["--model.reference_divergence", "reverse_kl", "--model.reference_beta", "0.1"]
+
+
+def divergences(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open() as stream:
+        return [float(row["train/reference_divergence"]) for row in list(csv.DictReader(stream))[1:]]
+
+
+def test_the_base_as_reference_trains_as_a_copy_of_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    copy = '{"name": "local", "path": "embedded:student"}'
+    for folder, reference in (("off", "adapter_off"), ("copy", copy)):
+        assert main([*FIT, *LORA, *REFERENCE, "--model.reference", reference, "--run_dir", folder]) == 0
+    ours, theirs = divergences(Path("off")), divergences(Path("copy"))
+    assert ours[0] == pytest.approx(0, abs=1e-6) and ours[-1] > 1e-3
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    models = json.loads(Path("off/environment.json").read_text())["models"]
+    assert models["reference"] == f"adapter_off:{models['student']}:float32"
+
+
+def test_adapter_off_without_lora_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, *REFERENCE, "--model.reference", "adapter_off"]) == 2
+    assert "adapter_off scores with the student's base weights" in capsys.readouterr().err
