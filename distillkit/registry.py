@@ -52,6 +52,7 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "teacher": {
             "local": "distillkit.teachers.local.LocalTeacher",
+            "vllm": "distillkit.teachers.vllm.VLLMTeacher",
             "cached": "distillkit.teachers.cached.CachedTeacher",
             "extrapolated": "distillkit.teachers.extrapolated.ExtrapolatedTeacher",
         },
