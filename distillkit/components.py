@@ -201,6 +201,11 @@ class TeacherScorer(Component):
         """V of the teacher's output head, None when it is not known before `setup`."""
         return None
 
+    @property
+    def any_temperature(self) -> bool:
+        """False where it scores at temperature 1 only, whatever `model.distil_temperature` says."""
+        return True
+
     @abstractmethod
     def identity(self) -> str:
         """A stable digest of the weights and settings: stored in checkpoints, part of cache keys."""

@@ -52,6 +52,7 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "teacher": {
             "local": "distillkit.teachers.local.LocalTeacher",
+            "vllm": "distillkit.teachers.vllm.VLLMTeacher",
             "adapter_off": "distillkit.teachers.adapter_off.AdapterOffTeacher",
             "cached": "distillkit.teachers.cached.CachedTeacher",
             "extrapolated": "distillkit.teachers.extrapolated.ExtrapolatedTeacher",

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from transformers import PreTrainedModel
 
 from distillkit.components import StudentInfo, TeacherScorer
-from distillkit.errors import ModelError, ScoringError, problem
+from distillkit.errors import ScoringError, problem
 from distillkit.models import (
     Dtype,
     LMHead,
     fingerprint,
     load_causal_lm,
-    load_tokenizer,
     model_vocab_size,
-    vocab_mismatch,
 )
+from distillkit.teachers._tokenizer import Tolerated, uncounted_end_ids
 from distillkit.teachers.scoring import score_rollouts
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 
 __all__ = ["LocalTeacher"]
-
-Tolerated = Literal["eos", "chat_template"]
 
 
 class LocalTeacher(TeacherScorer):
@@ -70,19 +65,7 @@ class LocalTeacher(TeacherScorer):
         return model_vocab_size(self.path, where="model.teacher.path")
 
     def setup(self, student: StudentInfo) -> None:
-        tokenizer = load_tokenizer(self.path, where="model.teacher.path")
-        found = vocab_mismatch(student.tokenizer, tokenizer)
-        refused = [text for text in found if text.split(":")[0] not in self.tolerate]
-        if refused:
-            hint = "a teacher of the same tokenizer family"
-            if not any(text.startswith("ids") for text in refused):
-                hint = f"model.teacher.tolerate: [{', '.join(text.split(':')[0] for text in refused)}]"
-            where = f"model.teacher.path: the tokenizer of {self.path} does not fit the student's"
-            raise ModelError(
-                problem(where, got="; ".join(refused), expected="the same token ids and markers", hint=hint)
-            )
-        if any(text.startswith("eos") for text in found):
-            self._masked_ids = (*student.eos_token_ids, int(tokenizer.eos_token_id))
+        self._masked_ids = uncounted_end_ids(self.path, student, self.tolerate)
         self._student = student
         model = load_causal_lm(self.path, where="model.teacher.path", dtype=self.dtype)
         self._model = model.eval().requires_grad_(False).to(student.device)
