@@ -201,6 +201,10 @@ class TeacherScorer(Component):
         """V of the teacher's output head, None when it is not known before `setup`."""
         return None
 
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+        """Return (row index, reason) for training rows it cannot score; one is enough to refuse the run at start-up."""
+        return []
+
     @property
     def any_temperature(self) -> bool:
         """False where it scores at temperature 1 only, whatever `model.distil_temperature` says."""

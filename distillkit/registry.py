@@ -54,6 +54,7 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "local": "distillkit.teachers.local.LocalTeacher",
             "vllm": "distillkit.teachers.vllm.VLLMTeacher",
             "adapter_off": "distillkit.teachers.adapter_off.AdapterOffTeacher",
+            "mixture": "distillkit.teachers.mixture.MixtureTeacher",
             "cached": "distillkit.teachers.cached.CachedTeacher",
             "extrapolated": "distillkit.teachers.extrapolated.ExtrapolatedTeacher",
         },

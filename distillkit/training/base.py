@@ -34,6 +34,7 @@ from distillkit.training.backend import check_trainer
 from distillkit.training.checkpoints import random_states, restore_random
 from distillkit.training.fruitless import FruitlessSteps
 from distillkit.training.positions import beyond_positions, longest_sequences
+from distillkit.training.teacher_rows import check_teacher_rows
 from distillkit.types import StepOutput
 
 __all__ = ["StudentModule", "at_least"]
@@ -81,8 +82,7 @@ class StudentModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.student, self.sampler = student, sampler
-        self.rewards = tuple(rewards)
-        self.frozen, self.dtype_name = frozen, dtype
+        self.rewards, self.frozen, self.dtype_name = tuple(rewards), frozen, dtype
         self.lora, self.strict_loading = lora, lora is None  # with LoRA, a checkpoint has the adapters alone
         self.head_chunk = None if head_chunk is None else at_least("head_chunk", head_chunk, 1)
         self.gradient_checkpointing = gradient_checkpointing
@@ -184,6 +184,7 @@ class StudentModule(pl.LightningModule):
             check_trainer(self.trainer)
             self._note(unfinished(self.schedules(), self.trainer.max_steps))
         self._check_gold(training)
+        check_teacher_rows(self.frozen if training else {}, self.prompt_data)
         self._info = self._student_info(training)
         for part in self.frozen.values() if training else ():
             part.setup(self._info)
