@@ -206,6 +206,11 @@ class TeacherScorer(Component):
         return []
 
     @property
+    def reads_rows(self) -> bool:
+        """True where scores depend on a rollout's dataset row too, not on its token ids alone."""
+        return False
+
+    @property
     def any_temperature(self) -> bool:
         """False where it scores at temperature 1 only, whatever `model.distil_temperature` says."""
         return True

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from distillkit.components import StudentInfo
 from distillkit.errors import ModelError, problem
 from distillkit.models import load_tokenizer, vocab_mismatch
 
-__all__ = ["Tolerated", "uncounted_end_ids"]
+__all__ = ["Tolerated", "tokenizer_digest", "uncounted_end_ids"]
 
 Tolerated = Literal["eos", "chat_template"]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of what every token id stands for."""
+    named = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def uncounted_end_ids(path: str, student: StudentInfo, tolerate: Sequence[Tolerated]) -> tuple[int, ...]:

@@ -70,6 +70,10 @@ class ExtrapolatedTeacher(TeacherScorer):
     def any_temperature(self) -> bool:
         return all(part.any_temperature for part in self._used())
 
+    @property
+    def reads_rows(self) -> bool:
+        return any(part.reads_rows for part in self._used())
+
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
         return [found for part in self._used() for found in part.check_rows(rows)]
 

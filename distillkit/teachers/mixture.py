@@ -85,6 +85,10 @@ class MixtureTeacher(TeacherScorer):
     def any_temperature(self) -> bool:
         return all(part.any_temperature for part in self.teachers.values())
 
+    @property
+    def reads_rows(self) -> bool:
+        return self.route is not None or any(part.reads_rows for part in self.teachers.values())
+
     def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
         if self.route is not None:
             return [(i, reason) for i, row in enumerate(rows) if (reason := self._why_not(row)) is not None]
