@@ -150,11 +150,11 @@ class LMHead:
     """From hidden states [M, H] to logits [M, V] float32 through the model's own head.
 
     The head module is called (so bias and adapters count), then the config's logit scale and soft-capping. Calls
-    follow the model's current weights.
+    follow the model's current weights; `adapters` False leaves an adapter on the head out.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = _inner(model)
+    def __init__(self, model: nn.Module, *, adapters: bool = True) -> None:
+        self._model, self._adapters = _inner(model), adapters
         config = self._model.config.get_text_config()
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
@@ -163,6 +163,7 @@ class LMHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         head = self._model.get_output_embeddings()
+        head = head if self._adapters else getattr(head, "base_layer", head)
         logits: Tensor = head(hidden.to(next(head.parameters()).dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self._scale != 1.0:

@@ -15,7 +15,7 @@ TIERS = [
     {"errors", "types", "decomposition"},
     {"functional"},
     {"components", "registry", "embedded"},
-    {"models"},
+    {"models", "lora"},
     {"samplers", "teachers", "rewards", "divergences", "betas", "maskers", "objectives"},
     {
         "backends",

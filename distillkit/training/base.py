@@ -15,6 +15,7 @@ from distillkit import embedded
 from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
 from distillkit.data import PromptBatch, PromptData
 from distillkit.errors import ConfigError, DataError, ModelError, problem
+from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora, student_base
 from distillkit.models import (
     Dtype,
     StudentScorer,
@@ -34,6 +35,7 @@ from distillkit.training.strategies import backend_for, check_trainer, shards_we
 from distillkit.training.strategies.fsdp2 import FSDP2Strategy
 from distillkit.training.strategies.plain_copy import skeleton
 from distillkit.training.strategies.single import LightningBackend
+from distillkit.training.teacher_rows import check_teacher_rows
 from distillkit.types import StepOutput, StudentScores
 
 __all__ = ["StudentModule", "at_least"]
@@ -48,6 +50,7 @@ class StudentModule(EvaluatingModule):
         rewards: judge completions.
         frozen: models that only score; they are never part of the module's parameters or checkpoint.
         dtype: of the student's weights.
+        lora: train adapters beside the weights instead of the weights.
         head_chunk: token positions per head call.
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: over the trainable parameters.
@@ -75,14 +78,13 @@ class StudentModule(EvaluatingModule):
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_updates: int,
         validate_at_start: bool,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.student = student
-        self.sampler = sampler
-        self.rewards = tuple(rewards)
-        self.frozen = frozen
-        self.dtype_name = dtype
+        self.student, self.sampler = student, sampler
+        self.rewards, self.frozen, self.dtype_name = tuple(rewards), frozen, dtype
+        self.lora, self.strict_loading = lora, lora is None  # with LoRA, a checkpoint has the adapters alone
         self.head_chunk = None if head_chunk is None else at_least("head_chunk", head_chunk, 1)
         self.gradient_checkpointing = gradient_checkpointing
         self.make_optimizer = optimizer
@@ -127,11 +129,9 @@ class StudentModule(EvaluatingModule):
         return self._tokenizer
 
     @property
-    def student_model(self) -> PreTrainedModel:
-        """The model inside the scorer: what is exported."""
-        model = self.scorer.model
-        assert isinstance(model, PreTrainedModel)
-        return model
+    def student_model(self) -> torch.nn.Module:
+        """The model inside the scorer, adapters included: what is exported."""
+        return self.scorer.model
 
     @property
     def student_info(self) -> StudentInfo:
@@ -159,8 +159,8 @@ class StudentModule(EvaluatingModule):
     def fingerprint(self) -> dict[str, str]:
         """Return digests of the models as the run found them, for `environment.json` and for resuming."""
         if self._fingerprint is None:
-            frozen = {key: part.identity() for key, part in self.frozen.items()}
-            self._fingerprint = {"student": fingerprint(self.student), **frozen}
+            own = {"student": fingerprint(self.student)} | ({"lora": self.lora.fingerprint()} if self.lora else {})
+            self._fingerprint = own | {key: part.identity() for key, part in self.frozen.items()}
         return self._fingerprint
 
     def load_student(self) -> PreTrainedModel:
@@ -184,11 +184,14 @@ class StudentModule(EvaluatingModule):
         if training:
             self._note(unfinished(self.schedules(), self.trainer.max_steps))
         self._check_gold(training)
+        check_teacher_rows(self.frozen if training else {}, self.prompt_data)
         self._info = self._student_info(training)
         for part in self.frozen.values() if training else ():
             part.setup(self._info)
         scorer = getattr(self, "scorer", None)
         model = self.load_student() if scorer is None else scorer.model
+        if scorer is None and self.lora is not None:
+            model = apply_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         sharded = shards_weights(self.trainer)
@@ -262,7 +265,9 @@ class StudentModule(EvaluatingModule):
         self._fruitless.count(output, self.rollout_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run needs beside weights and optimizer."""
+        """Add what a resumed run needs beside weights and optimizer; with LoRA, keep of the weights the adapters."""
+        if self.lora is not None and not shards_weights(self.trainer):
+            checkpoint["state_dict"] = adapter_state(self, checkpoint["state_dict"])
         checkpoint["distillkit"] = {
             "rollout_step": self.rollout_step,
             "cursor": self._cursor,
@@ -279,6 +284,7 @@ class StudentModule(EvaluatingModule):
             hint = "model.student takes model folders"
             raise ConfigError(problem("--ckpt_path: not a distillkit checkpoint", hint=hint))
         state = checkpoint["distillkit"]
+        check_same_lora(self.lora, state["models"].get("lora"))
         self.rollout_step, self._cursor = state["rollout_step"], state["cursor"]
         if self.trainer.state.fn != "fit":
             return
@@ -308,6 +314,9 @@ class StudentModule(EvaluatingModule):
             eos_token_ids=self.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.trainer.strategy.root_device,
+            base=None
+            if shards_weights(self.trainer)
+            else student_base(self.lora, self.student, self.dtype_name, lambda: self.student_model),
         )
 
     def _check_gold(self, training: bool) -> None:

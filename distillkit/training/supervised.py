@@ -20,6 +20,7 @@ from distillkit.components import (
 )
 from distillkit.data import PromptBatch
 from distillkit.errors import ConfigError, problem
+from distillkit.lora import LoraSettings
 from distillkit.models import Dtype
 from distillkit.refusals import check_supervised
 from distillkit.rewards import as_reward
@@ -56,6 +57,7 @@ class SupervisedModule(StudentModule):
         max_grad_norm: global gradient norm; null does not clip.
         distil_temperature: of both sides in the divergence.
         dtype: of the student's weights.
+        lora: train low-rank adapters beside the student's weights, which stay as they are; null trains the weights.
         gradient_checkpointing: recompute the student's layers in the backward pass.
         optimizer: over the student's trainable parameters.
         lr_scheduler: stepped once per step.
@@ -86,6 +88,7 @@ class SupervisedModule(StudentModule):
         max_grad_norm: float | None = 1.0,
         distil_temperature: float = 1.0,
         dtype: Dtype = "float32",
+        lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -98,6 +101,7 @@ class SupervisedModule(StudentModule):
             rewards=[as_reward(reward) for reward in rewards or ()],
             frozen={} if teacher is None else {"teacher": teacher},
             dtype=dtype,
+            lora=lora,
             head_chunk=head_chunk,
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
@@ -117,6 +121,9 @@ class SupervisedModule(StudentModule):
         self.init = init
         if init is not None:
             check_entries(init)
+            if lora is not None:
+                where = "model.lora: adapters beside random weights, which would never learn"
+                raise ConfigError(problem(where, got="model.init", expected="one of the two", hint="model.lora: null"))
 
     def components(self) -> list[Component]:
         """Return the parts, the teacher excepted."""
