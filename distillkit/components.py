@@ -215,6 +215,11 @@ class TeacherScorer(Component):
         """False where it scores at temperature 1 only, whatever `model.distil_temperature` says."""
         return True
 
+    @property
+    def elsewhere(self) -> bool:
+        """True where others compute: it is asked for each group as soon as that is finished, from several threads."""
+        return False
+
     @abstractmethod
     def identity(self) -> str:
         """A stable digest of the weights and settings: stored in checkpoints, part of cache keys."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from distillkit.backends import StepBackend
 from distillkit.types import NOT_A_SCORE, RewardOutput, RolloutBatch
 
-__all__ = ["Meters", "reward_meters", "rollout_meters"]
+__all__ = ["Meters", "reward_meters", "rollout_meters", "staleness_meter"]
 
 
 class Meters:
@@ -61,6 +61,12 @@ def rollout_meters(meters: Meters, rollouts: RolloutBatch) -> None:
     everything = torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.tokens.device)
     meters.add("train/completion_length", rollouts.completion_lengths, everything)
     meters.add("train/truncated", rollouts.truncated.float(), everything)
+
+
+def staleness_meter(meters: Meters, rollouts: RolloutBatch, step: int) -> None:
+    """Record how many steps older than `step` the weights are that sampled a token, on average."""
+    drawn = rollouts.loss_mask & (rollouts.policy_version >= 0)
+    meters.add("train/staleness", (step - rollouts.policy_version).float(), drawn)
 
 
 def reward_meters(meters: Meters, rewards: RewardOutput) -> None:

@@ -61,7 +61,7 @@ def teacher_request(parts: StepParts) -> ScoreRequest:
     return request
 
 
-def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
+def check_parts(parts: StepParts, distill_through: DistillThrough, *, one_step_off: bool = False) -> None:
     """Refuse parts that cannot work together; every problem is reported at once.
 
     Raises:
@@ -69,6 +69,7 @@ def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
     """
     problems = [
         *_sampling(parts),
+        *(_overlap(parts) if one_step_off else ()),
         *_given_tokens(parts),
         *_learning(parts, distill_through),
         *_teacher(parts),
@@ -147,6 +148,13 @@ def _sampling(parts: StepParts) -> Iterator[str]:
         where = "model.sampler.group_size: the group is the baseline; with one rollout every advantage is 0"
         hint = "model.sampler.group_size: 8, or model.rewards: [] to distil alone"
         yield problem(where, got=1, expected="at least 2 with rewards and an objective", hint=hint)
+
+
+def _overlap(parts: StepParts) -> Iterator[str]:
+    if parts.sampler.same_engine:
+        where = "model.one_step_off: this sampler runs the weights that the update changes"
+        got, hint = type(parts.sampler).__name__, "model.sampler: vllm_server, or model.one_step_off: false"
+        yield problem(where, got=got, expected="a sampler with weights of its own", hint=hint)
 
 
 def _given_tokens(parts: StepParts) -> Iterator[str]:

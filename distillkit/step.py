@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,17 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distillkit.ahead import RolloutsAhead, sampled
 from distillkit.backends import StepBackend
 from distillkit.clock import PhaseClock
 from distillkit.components import StudentInfo
+from distillkit.early import EarlyScores
 from distillkit.errors import ContractError, RolloutError, problem
-from distillkit.meters import Meters, reward_meters, rollout_meters
+from distillkit.meters import Meters, reward_meters, rollout_meters, staleness_meter
 from distillkit.models import ScorePlan, StudentScorer
 from distillkit.refusals import SCHEDULED_SCALARS, StepParts, check_parts, teacher_request
 from distillkit.types import (
     RewardOutput,
     RolloutBatch,
+    RolloutGroup,
     SampleRequest,
+    ScoreRequest,
     StepOutput,
     TeacherScores,
     TokenWeights,
@@ -55,25 +59,39 @@ class DistillationStep:
     """
 
     def __init__(self, parts: StepParts, settings: StepSettings, scorer: StudentScorer, student: StudentInfo) -> None:
-        check_parts(parts, settings.distill_through)
+        check_parts(parts, settings.distill_through, one_step_off=settings.one_step_off)
         self.parts = parts
         self.settings = settings
         self.scorer = scorer
         self.student = student
         self.signals: dict[str, float] = {}
+        self.ahead = RolloutsAhead()
+        scorers = {key: getattr(parts, key) for key in ("teacher", "reference")}
+        self._early = {
+            k: EarlyScores(part, student) for k, part in scorers.items() if part is not None and part.elsewhere
+        }
 
-    def run(self, requests: Sequence[SampleRequest], *, step: int, backend: StepBackend) -> StepOutput:
+    def run(
+        self,
+        requests: Sequence[SampleRequest],
+        *,
+        step: int,
+        backend: StepBackend,
+        following: Sequence[SampleRequest] = (),
+    ) -> StepOutput:
         """Sample, score, and learn from one batch of prompts.
 
         Args:
             requests: this rank's prompts, with whole groups.
             step: rollout step, from 0.
             backend: optimizer and ranks.
+            following: the next step's prompts, to be sampled while this step learns (its weights are then one step
+                old); none with `one_step_off` false.
         """
         context = self.context(step)
         clock, meters = PhaseClock(self.student.device), Meters()
         with clock.phase("step"):
-            rollouts = self.rollout(requests, context, backend, clock)
+            rollouts = self.rollout(requests, context, backend, clock, following)
             rewards, teacher, reference = self.judge(rollouts, context, clock)
             batch = self.prepare(rollouts, rewards, teacher, reference, context, backend, clock)
             with clock.phase("update"):
@@ -82,6 +100,8 @@ class DistillationStep:
         clock.tokens("update", result.tokens)
         clock.tokens("step", sampled)
         rollout_meters(meters, rollouts)
+        if self.settings.one_step_off:
+            staleness_meter(meters, rollouts, step)
         if rewards is not None:
             reward_meters(meters, rewards)
         metrics = {**meters.reduce(backend, self.student.device), **clock.metrics(), **context.metrics()}
@@ -122,18 +142,30 @@ class DistillationStep:
         )
 
     def rollout(
-        self, requests: Sequence[SampleRequest], context: StepContext, backend: StepBackend, clock: PhaseClock
+        self,
+        requests: Sequence[SampleRequest],
+        context: StepContext,
+        backend: StepBackend,
+        clock: PhaseClock,
+        following: Sequence[SampleRequest] = (),
     ) -> RolloutBatch:
         """Sample every request with the student's current weights; groups come back in the order of the requests."""
         wanted = [replace(request, settings=context.sampling) for request in requests]
-        sampler = self.parts.sampler
+        sampler, asking = self.parts.sampler, self._asking(context)
+        with clock.phase("rollout"):
+            groups = self.ahead.take(wanted)
         with ExitStack() as gathered:
             with clock.phase("sync"):
                 sampler.sync(gathered.enter_context(backend.whole()))
                 if not sampler.same_engine:
                     gathered.close()
-            with clock.phase("rollout"):
-                groups = {group.request.group_id: group for group in sampler.sample(wanted)}
+            if groups is None:
+                with clock.phase("rollout"):
+                    groups = sampled(sampler, wanted, asking)
+        if following:
+            upcoming = self.context(context.step + 1)
+            settings = [replace(request, settings=upcoming.sampling) for request in following]
+            self.ahead.start(sampler, settings, self._asking(upcoming))
         missing = [request.group_id for request in wanted if request.group_id not in groups]
         if missing:
             where = f"{type(sampler).__name__}.sample: groups are missing"
@@ -147,18 +179,35 @@ class DistillationStep:
         self, rollouts: RolloutBatch, context: StepContext, clock: PhaseClock
     ) -> tuple[RewardOutput | None, TeacherScores | None, TeacherScores | None]:
         """Reward the rollouts beside (in time) scoring them with teacher and reference."""
+        wanted = self._score_requests(context)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards") as pool:
             pending = pool.submit(self._reward, rollouts, clock)
-            request = replace(teacher_request(self.parts), temperature=context.distil_temperature)
-            if request and not request.needs_distribution:
-                request = replace(request, sampled=True)  # costs nothing beside a top-k, and the rollout file shows it
-            teacher = self._score("teacher", rollouts, request, clock) if request else None
-            needs = context.reference_divergence.needs if context.reference_divergence is not None else None
-            reference = None
-            if needs and self.parts.reference is not None:
-                needs = replace(needs, temperature=context.distil_temperature)
-                reference = self._score("reference", rollouts, needs, clock)
+            teacher, reference = (
+                self._score(key, rollouts, wanted[key], clock) if key in wanted else None
+                for key in ("teacher", "reference")
+            )
             return pending.result(), teacher, reference
+
+    def _score_requests(self, context: StepContext) -> dict[str, ScoreRequest]:
+        """What is asked of teacher and reference; a key is missing where nothing is."""
+        requests = {"teacher": teacher_request(self.parts)}
+        if context.reference_divergence is not None and self.parts.reference is not None:
+            requests["reference"] = context.reference_divergence.needs
+        if requests["teacher"] and not requests["teacher"].needs_distribution:
+            # costs nothing beside a top-k, and the rollout file shows it
+            requests["teacher"] = replace(requests["teacher"], sampled=True)
+        return {k: replace(r, temperature=context.distil_temperature) for k, r in requests.items() if r}
+
+    def _asking(self, context: StepContext) -> Callable[[RolloutGroup], None]:
+        """Return what to do with a finished group: have it scored where others compute."""
+        requests = self._score_requests(context)
+        early = {key: scores for key, scores in self._early.items() if key in requests}
+
+        def ask(group: RolloutGroup) -> None:
+            for key, scores in early.items():
+                scores.ask(group, requests[key])
+
+        return ask
 
     def prepare(
         self,
@@ -183,9 +232,12 @@ class DistillationStep:
         )
         frozen = self.settings.distill_through != "loss" and plan.divergence is not None
         several = self.settings.inner_epochs * self.settings.minibatches > 1
+        # Stale rollouts differ from the trainer by the update in between, so a gap says nothing of the engine.
+        stale = self.settings.one_step_off and context.step > 0
+        limit = None if stale else self.parts.sampler.max_engine_gap
         batch = PreparedBatch(
             rollouts=rollouts, rewards=rewards, teacher=teacher, reference=reference, weights=weights, context=context,
-            plan=plan, same_engine=self.parts.sampler.same_engine, max_engine_gap=self.parts.sampler.max_engine_gap,
+            plan=plan, same_engine=self.parts.sampler.same_engine, max_engine_gap=limit,
         )  # fmt: skip
         if several or (frozen and self.settings.distill_through == "reward"):
             with clock.phase("old_policy"):
@@ -228,9 +280,10 @@ class DistillationStep:
         with clock.phase("reward"):
             return RewardOutput.merge([reward(rollouts) for reward in self.parts.rewards]).to(self.student.device)
 
-    def _score(self, key: str, rollouts: RolloutBatch, request: Any, clock: PhaseClock) -> TeacherScores:
+    def _score(self, key: str, rollouts: RolloutBatch, request: ScoreRequest, clock: PhaseClock) -> TeacherScores:
         with clock.phase(key):
-            scores: TeacherScores = getattr(self.parts, key).score(rollouts, request)
+            early = self._early[key].collect(rollouts, request) if key in self._early else None
+            scores: TeacherScores = early or getattr(self.parts, key).score(rollouts, request)
         clock.tokens(key, int(rollouts.lengths.sum()))
         return scores
 
@@ -239,13 +292,21 @@ class DistillationStep:
         return {
             "signals": dict(self.signals),
             "schedules": {key: schedule.state_dict() for key, schedule in self._schedules().items()},
+            "ahead": self.ahead.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`."""
         self.signals = dict(state["signals"])
+        self.ahead.load_state_dict(state.get("ahead", {}))
         for key, schedule in self._schedules().items():
             schedule.load_state_dict(state["schedules"].get(key, {}))
+
+    def close(self) -> None:
+        """Stop what runs beside the step."""
+        self.ahead.close()
+        for scores in self._early.values():
+            scores.close()
 
     def _schedules(self) -> dict[str, Any]:
         own = {"beta": self.parts.beta, "reference_beta": self.parts.reference_beta}

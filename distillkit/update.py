@@ -53,6 +53,7 @@ class StepSettings:
     reward_shaping: Literal["mean", "sum"] = "mean"
     importance_cap: float | None = 2.0
     skip_zero_weight: bool = True
+    one_step_off: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

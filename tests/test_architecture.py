@@ -25,6 +25,8 @@ TIERS = [
         "schedules",
         "engine_gap",
         "per_token",
+        "ahead",
+        "early",
         "micro_batches",
         "update",
         "step",

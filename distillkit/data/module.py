@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 
 from distillkit.data.prompts import DataReport, PromptSet, prepare_prompts
 from distillkit.data.sources import DataSource, SourceRows, needs_download, read_source
-from distillkit.data.streams import EvalBatches, EvalSet, PromptStream, check_share
+from distillkit.data.streams import EvalBatches, EvalSet, PromptBatch, PromptStream, check_share
 from distillkit.errors import ConfigError, DataError, problem
 
 if TYPE_CHECKING:
@@ -177,6 +177,11 @@ class PromptData(LightningDataModule):
             shuffle=self.shuffle,
         )
         return self._stream
+
+    def after(self, batch: PromptBatch) -> PromptBatch:
+        """Return this rank's prompts of the step that follows `batch`."""
+        assert self._stream is not None
+        return self._stream.at(batch.next_cursor)
 
     def val_dataloader(self) -> list[EvalBatches]:
         """Return this rank's `EvalBatch`es of every evaluation set."""

@@ -81,22 +81,25 @@ class PromptStream(IterableDataset[PromptBatch]):
         self.rank, self.world_size = rank, world_size
         self.start_cursor = start_cursor
         self.shuffle = shuffle
+        self._known: tuple[int, Sequence[int]] = (-1, ())
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        share = self.prompts_per_step // self.world_size
         cursor = self.start_cursor
-        epoch, order = -1, list[int]()
         while True:
-            offset = cursor + self.rank * share
-            chosen = []
-            for position in range(offset, offset + share):
-                if position // len(self.prompts) != epoch:
-                    epoch = position // len(self.prompts)
-                    order = self._order(epoch)
-                chosen.append(self.prompts[order[position % len(self.prompts)]])
-            next_cursor = cursor + self.prompts_per_step
-            yield PromptBatch(prompts=tuple(chosen), cursor=cursor, next_cursor=next_cursor, offset=offset)
-            cursor = next_cursor
+            batch = self.at(cursor)
+            yield batch
+            cursor = batch.next_cursor
+
+    def at(self, cursor: int) -> PromptBatch:
+        """Return the batch that begins at `cursor`."""
+        share = self.prompts_per_step // self.world_size
+        offset = cursor + self.rank * share
+        chosen = [
+            self.prompts[self._order(position // len(self.prompts))[position % len(self.prompts)]]
+            for position in range(offset, offset + share)
+        ]
+        next_cursor = cursor + self.prompts_per_step
+        return PromptBatch(prompts=tuple(chosen), cursor=cursor, next_cursor=next_cursor, offset=offset)
 
     def state_dict(self) -> dict[str, int]:
         """Return nothing: what was fetched is not what was trained, so the training loop keeps `next_cursor`."""
@@ -105,12 +108,14 @@ class PromptStream(IterableDataset[PromptBatch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Ignore `state`: `start_cursor` says where to begin."""
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:
-            return list(range(len(self.prompts)))
+            return range(len(self.prompts))
+        if self._known[0] == epoch:
+            return self._known[1]
         generator = torch.Generator().manual_seed(_seed("epoch", self.seed, epoch))
-        order: list[int] = torch.randperm(len(self.prompts), generator=generator).tolist()
-        return order
+        self._known = epoch, torch.randperm(len(self.prompts), generator=generator).tolist()
+        return self._known[1]
 
 
 def check_share(prompts_per_step: int, world_size: int) -> None:

@@ -67,6 +67,7 @@ class OnPolicyDistillation(StudentModule):
         reward_shaping: mean or sum over a rollout's tokens when distilling through the reward.
         importance_cap: truncation of the correction for tokens that another policy sampled; null switches it off.
         skip_zero_weight: do not send rollouts through the student whose every coefficient is 0.
+        one_step_off: sample the next step's rollouts, with the weights before this step's update, while that runs.
         dtype: of the student's weights.
         lora: train low-rank adapters beside the student's weights, which stay as they are; null trains the weights.
         gradient_checkpointing: recompute the student's layers in the backward pass.
@@ -104,6 +105,7 @@ class OnPolicyDistillation(StudentModule):
         reward_shaping: Literal["mean", "sum"] = "mean",
         importance_cap: float | None = 2.0,
         skip_zero_weight: bool = True,
+        one_step_off: bool = False,
         dtype: Dtype = "float32",
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
@@ -152,8 +154,9 @@ class OnPolicyDistillation(StudentModule):
             reward_shaping=reward_shaping,
             importance_cap=importance_cap,
             skip_zero_weight=skip_zero_weight,
+            one_step_off=one_step_off,
         )
-        check_parts(self.parts, distill_through)
+        check_parts(self.parts, distill_through, one_step_off=one_step_off)
 
     def components(self) -> list[Component]:
         """Return the parts of the step, teacher and reference excepted."""
@@ -172,12 +175,36 @@ class OnPolicyDistillation(StudentModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one rollout step: sample, score, learn, log."""
-        output = self.step.run(self._requests(batch), step=self.rollout_step, backend=self.backend)
+        last = self.rollout_step + 1 == self.trainer.max_steps
+        ahead = self.settings.one_step_off and not last
+        output = self.step.run(
+            self._requests(batch),
+            step=self.rollout_step,
+            backend=self.backend,
+            following=self._requests(self.prompt_data.after(batch)) if ahead else (),
+        )
         self.finish_step(output, batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Let the next step's rollouts finish before the sampler is used and its weights change."""
+        if hasattr(self, "step"):
+            self.step.ahead.wait()
+        super().on_validation_epoch_start()
+
+    def teardown(self, stage: str) -> None:
+        """Stop what runs beside the step, then the parts."""
+        if hasattr(self, "step"):
+            self.step.close()
+        super().teardown(stage)
+
     def step_state(self) -> dict[str, Any]:
-        """Return the schedules' state and the last metrics."""
-        return self.step.state_dict()
+        """Return the schedules' state, the last metrics, and the rollouts that every rank has sampled ahead."""
+        state = self.step.state_dict()
+        every: list[dict[str, Any]] = [state["ahead"]]
+        if self.trainer.world_size > 1:
+            every = [{} for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(every, state["ahead"])
+        return {**state, "ahead": {group: rollouts for own in every for group, rollouts in own.items()}}
 
     def load_step_state(self, state: Mapping[str, Any]) -> None:
         """Restore `step_state`."""

@@ -141,11 +141,13 @@ def _tensors_only(engine: Any) -> Iterator[None]:
     """Let the engine read checkpoints without unpickling anything but tensors and its own plain classes."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
+    plain = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     reader = engine.checkpoint_engine
 
     def load(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+        with torch.serialization.safe_globals(plain):
             return torch.load(path, map_location=map_location, weights_only=True)
 
     reader.load = load
