@@ -6,24 +6,17 @@ import contextlib
 import os
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
-__all__ = ["EngineCompletion", "InProcessEngine"]
+from distillkit.samplers.vllm_requests import EngineCompletion
+from distillkit.samplers.vllm_weights import Piece, StudentWeights, assemble
+from distillkit.samplers.vllm_worker import load_weights
 
-
-@dataclass(frozen=True, kw_only=True)
-class EngineCompletion:
-    """Token ids of one completion, the end token included, and their log-probs as the engine drew from them."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    stopped: bool
+__all__ = ["InProcessEngine"]
 
 
 class InProcessEngine:
@@ -58,9 +51,14 @@ class InProcessEngine:
                 **arguments,
             )
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace every weight, by its name in a checkpoint, and forget prefixes computed with the old ones."""
-        self._llm.collective_rpc(_load, args=(list(weights),))
+    def load(self, weights: StudentWeights, *, complete: bool) -> None:
+        """Replace the weights, or the adapted ones, and forget prefixes computed with the old ones.
+
+        The bases of an adapter are the trainer's own tensors: they are not kept a second time.
+        """
+        complete = complete or not weights.adapted
+        pieces = weights.everything() if complete else weights.blocks()
+        self._llm.collective_rpc(_load, args=(pieces, complete))
         self._llm.reset_prefix_cache()
 
     def generate(
@@ -75,7 +73,7 @@ class InProcessEngine:
         engine = self._llm.llm_engine
         final = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         for i, (ids, own) in enumerate(zip(prompts, settings, strict=True)):
-            params = self._vllm.SamplingParams(**own, logprobs=0, detokenize=False, ignore_eos=True, output_kind=final)
+            params = self._vllm.SamplingParams(**own, output_kind=final)
             engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
         try:
             while engine.has_unfinished_requests():
@@ -100,17 +98,11 @@ def _completion(output: Any) -> EngineCompletion:
     return EngineCompletion(ids=ids, logprobs=logprobs, stopped=output.finish_reason == "stop")
 
 
-def _load(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
+def _load(worker: Any, pieces: list[Piece], complete: bool) -> None:
     """Run in the worker."""
-    worker.model_runner.reload_weights(weights_iterator=iter(weights))
-    model = worker.model_runner.get_model()
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "cpu_linear"):
-        # vLLM 0.32 on the CPU leaves a tied head with the packed copy of its old weights: log-probs then are wrong by
-        # nats, without an error.
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    runner = worker.model_runner
+    weights = assemble(pieces, {}, worker.device)
+    load_weights(runner.get_model(), runner.vllm_config, weights, complete=complete)
 
 
 @contextlib.contextmanager
