@@ -21,10 +21,14 @@ __all__ = ["VLLMSampler"]
 class VLLMSampler(RolloutSampler):
     """Samples with vLLM in the trainer's process: continuous batching, paged cache, prompts of a group read once.
 
+    Each of several trainer processes has an engine of its own, on its own device, for its own prompts.
+
     All prompts of a step are in the engine at once; a group is handed out when its last rollout is finished. `sync`
     gives the engine the student's tensors through vLLM's own reloading, with no file between them, and drops the cached
-    prefixes of the old weights. The engine computes with other kernels than the trainer: behaviour log-probs are its
-    own, the step measures the gap (`train/engine_gap`) and corrects for it.
+    prefixes of the old weights. Of a LoRA student, from the second time on, it gives only the weights with an adapter,
+    merged in float32, and those that vLLM fuses with them. (vLLM's own LoRA takes fewer kinds of layers, is slower, and
+    rounds between its two products.) The engine computes with other kernels than the trainer: behaviour log-probs are
+    its own, the step measures the gap (`train/engine_gap`) and corrects for it.
 
     Log-probs are those of the distribution that was drawn from: at the sampling temperature, over the ids below
     `StudentInfo.vocab_limit` (the engine's vocabulary ends there). The t-th rollout of a group is drawn from a stream
@@ -39,6 +43,8 @@ class VLLMSampler(RolloutSampler):
         top_p: nucleus; below 1 is refused in training, where its importance ratio is not defined.
         max_model_len: longest prompt and completion together, in tokens; null is the student's own limit.
         kv_cache_gib: memory of the engine's key/value cache; null lets vLLM decide.
+        sleep: between rollouts, hold the engine's weights in main memory and drop its cache: a GPU then has that much
+            more for the update. GPUs only.
         enforce_eager: run without compiled graphs: a faster start, slower decoding on a GPU.
         max_engine_gap: nats/token between the engine's log-probs and the trainer's above which the run stops; null only
             measures.
@@ -54,6 +60,7 @@ class VLLMSampler(RolloutSampler):
         top_p: float = 1.0,
         max_model_len: int | None = None,
         kv_cache_gib: float | None = 1.0,
+        sleep: bool = False,
         enforce_eager: bool = False,
         max_engine_gap: float | None = 0.1,
         engine: dict[str, Any] | None = None,
@@ -64,6 +71,7 @@ class VLLMSampler(RolloutSampler):
         )
         self.max_model_len = max_model_len
         self.kv_cache_gib = kv_cache_gib
+        self.sleep = sleep
         self.enforce_eager = enforce_eager
         self.max_engine_gap = max_engine_gap
         self.engine = engine
@@ -72,7 +80,14 @@ class VLLMSampler(RolloutSampler):
         self._limit = 0
 
     def setup(self, student: StudentInfo) -> None:
-        """Keep what is needed to know about the student's tokens; the engine starts with the first weights."""
+        """Keep what is needed to know about the student's tokens; the engine starts with the first weights.
+
+        Raises:
+            ConfigError: `sleep` without a GPU.
+        """
+        if self.sleep and student.device.type == "cpu":
+            where = "model.sampler.sleep: an engine on the CPU cannot sleep"
+            raise ConfigError(problem(where, got=True, expected="false: there is no GPU memory to free"))
         self._info = student
 
     def sync(self, student: StudentScorer) -> None:
@@ -123,6 +138,7 @@ class VLLMSampler(RolloutSampler):
         arguments: dict[str, Any] = {
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "enforce_eager": self.enforce_eager,
+            **({"enable_sleep_mode": True} if self.sleep else {}),
             **({} if self.kv_cache_gib is None else {"kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30)}),
             **(self.engine or {}),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import tempfile
@@ -36,6 +37,11 @@ class InProcessEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else some lines at every sync
+        self._asleep = False
+        self._can_sleep = bool(arguments.get("enable_sleep_mode"))
+        self._joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._joined:
+            arguments = {**_in_the_trainers_group(), **arguments}
         with _undisturbed(), tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
             import vllm
 
@@ -56,6 +62,7 @@ class InProcessEngine:
 
         The bases of an adapter are the trainer's own tensors: they are not kept a second time.
         """
+        self._wake()
         complete = complete or not weights.adapted
         pieces = weights.everything() if complete else weights.blocks()
         self._llm.collective_rpc(_load, args=(pieces, complete))
@@ -70,6 +77,7 @@ class InProcessEngine:
             prompts: token ids.
             settings: arguments of `vllm.SamplingParams`, one mapping a prompt.
         """
+        self._wake()
         engine = self._llm.llm_engine
         final = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         for i, (ids, own) in enumerate(zip(prompts, settings, strict=True)):
@@ -83,13 +91,33 @@ class InProcessEngine:
         finally:
             if engine.has_unfinished_requests():  # the consumer stopped early
                 engine.abort_request([str(i) for i in range(len(prompts))])
+            if self._can_sleep:
+                self._llm.sleep(level=1)  # level 2 would lose the weights that an adapter's sync does not send again
+                self._asleep = True
 
     def close(self) -> None:
-        """Free the engine's memory."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        """Free the engine's memory; a process group of the trainer's stays."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
 
         del self._llm
-        cleanup_dist_env_and_memory()
+        if self._joined:
+            destroy_model_parallel()
+            gc.collect()
+        else:
+            cleanup_dist_env_and_memory()
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+
+def _in_the_trainers_group() -> dict[str, Any]:
+    """Arguments of an engine in a process that trains with others: one device, no process group of its own."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+    os.environ.setdefault("LOCAL_RANK", str(device))
+    return {"distributed_executor_backend": "external_launcher"}
 
 
 def _completion(output: Any) -> EngineCompletion:

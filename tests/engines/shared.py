@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
+from distillkit.backends import LocalBackend
+from distillkit.betas.constant import Constant
 from distillkit.components import RolloutSampler, StudentInfo
+from distillkit.divergences.sampled import K2
+from distillkit.errors import TrainingStopped
 from distillkit.models import ScorePlan, StudentScorer, load_causal_lm, load_tokenizer
+from distillkit.refusals import StepParts
 from distillkit.samplers.hf import HFSampler
+from distillkit.step import DistillationStep
+from distillkit.teachers.local import LocalTeacher
 from distillkit.types import RolloutBatch, RolloutGroup, SampleRequest, SamplingSettings
+from distillkit.update import StepSettings
 
 PROMPTS = ["8*9+7>", "1+2*3-4>", "5-6>", "3+4*5-6+7>"]
 
@@ -29,7 +42,7 @@ def student_info() -> StudentInfo:
 
 
 def student(kind: str, info: StudentInfo) -> StudentScorer:
-    """The embedded student, a random one whose head is its embedding and has rows beyond the shared vocabulary, or LoRA.
+    """The embedded student; a random one whose head is its embedding, with rows beyond the shared vocabulary; or LoRA.
 
     "lora" has adapters on some of the weights that an engine fuses (query and value of three, gate of two).
     """
@@ -145,6 +158,46 @@ def check_that_greedy_completions_are_those_of_the_hf_sampler(
         with torch.no_grad():
             best = scorer.model(input_ids=prefix).logits[0, -1, : info.vocab_limit].topk(2).values
         assert best[0] - best[1] < 1e-4, "they part where the choice is clear"
+
+
+def check_the_guard(sampler: RolloutSampler, scorer: StudentScorer, info: StudentInfo, caught_at: int | None) -> None:
+    """Run two steps; the sampler's limit stops the one numbered `caught_at` before it changes a weight."""
+    teacher = LocalTeacher(path="embedded:teacher")
+    for part in (teacher, sampler):
+        part.setup(info)
+    parts = StepParts(sampler=sampler, teacher=teacher, divergence=K2(), beta=Constant(value=1.0))
+    step = DistillationStep(parts, StepSettings(), scorer, info)
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    backend = LocalBackend(scorer, torch.optim.AdamW(trained, lr=1e-3))
+    for i in range(2):
+        if caught_at == i + 1:
+            weights = copy.deepcopy(scorer.state_dict())
+            expected = f"step {caught_at}: the engine that sampled and the trainer disagree"
+            with pytest.raises(TrainingStopped, match=expected):
+                step.run(requests(info), step=i, backend=backend)
+            assert all(torch.equal(value, weights[name]) for name, value in scorer.state_dict().items())
+            return
+        assert step.run(requests(info), step=i, backend=backend).metrics["train/engine_gap"] < 1e-5
+    assert caught_at is None
+
+
+def run_two_ranks(script: str, **variables: str) -> None:
+    """Run a script in two processes that can form a process group; each has to end with the word "fine"."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script], env={**place, "RANK": str(rank)}, **pipes) for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            out, err = rank.communicate(timeout=250)
+            assert rank.returncode == 0 and out.strip().endswith("fine"), err[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 CHECKS = [

@@ -7,7 +7,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +16,11 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e vllm")
 
-from distillkit.backends import LocalBackend
-from distillkit.betas.constant import Constant
 from distillkit.components import StudentInfo
-from distillkit.divergences.sampled import K2
-from distillkit.errors import RolloutError, TrainingStopped
+from distillkit.errors import ConfigError, RolloutError
 from distillkit.models import StudentScorer
-from distillkit.refusals import StepParts
 from distillkit.samplers.vllm import VLLMSampler
-from distillkit.step import DistillationStep
-from distillkit.teachers.local import LocalTeacher
-from distillkit.update import StepSettings
+from distillkit.types import RolloutGroup, SampleRequest
 from tests.engines import shared
 from tests.engines.shared import requests, student
 
@@ -63,29 +57,81 @@ class SyncsOnce(VLLMSampler):
             super().sync(student)
 
 
-@pytest.mark.parametrize(("cls", "broken"), [(VLLMSampler, False), (SyncsOnce, True)])
+class LosesTheAdapter(VLLMSampler):
+    """A sampler that hands over the base weights of a LoRA student only."""
+
+    def sync(self, student: StudentScorer) -> None:
+        super().sync(StudentScorer(copy.deepcopy(student.model).unload(), vocab_limit=student.vocab_limit))
+
+
+class SamplesWarmer(VLLMSampler):
+    """A sampler whose engine draws at another temperature than the requests ask for."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[RolloutGroup]:
+        given = {request.group_id: request for request in requests}
+        for group in super().sample([replace(r, settings=replace(r.settings, temperature=1.6)) for r in requests]):
+            yield replace(group, request=given[group.request.group_id])
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind", "caught_at"),
+    [
+        (VLLMSampler, "embedded", None),
+        (VLLMSampler, "lora", None),
+        (SyncsOnce, "embedded", 2),
+        (LosesTheAdapter, "lora", 1),
+        (SamplesWarmer, "embedded", 1),
+    ],
+)
 def test_a_sync_that_is_broken_is_caught_at_the_next_step(
-    cls: type[VLLMSampler], broken: bool, info: StudentInfo
+    cls: type[VLLMSampler], kind: str, caught_at: int | None, info: StudentInfo
 ) -> None:
-    scorer = student("embedded", info)
-    teacher = LocalTeacher(path="embedded:teacher")
     sampler = cls(max_new_tokens=24, kv_cache_gib=0.25, enforce_eager=True, max_engine_gap=1e-3)
-    for part in (teacher, sampler):
-        part.setup(info)
-    parts = StepParts(sampler=sampler, teacher=teacher, divergence=K2(), beta=Constant(value=1.0))
-    step = DistillationStep(parts, StepSettings(), scorer, info)
-    backend = LocalBackend(scorer, torch.optim.AdamW(scorer.parameters(), lr=1e-3))
     try:
-        assert step.run(requests(info), step=0, backend=backend).metrics["train/engine_gap"] < 1e-5
-        if broken:
-            weights = copy.deepcopy(scorer.state_dict())
-            with pytest.raises(TrainingStopped, match="step 2: the engine that sampled and the trainer disagree"):
-                step.run(requests(info), step=1, backend=backend)
-            assert all(torch.equal(value, weights[name]) for name, value in scorer.state_dict().items())
-        else:
-            assert step.run(requests(info), step=1, backend=backend).metrics["train/engine_gap"] < 1e-5
+        shared.check_the_guard(sampler, student(kind, info), info, caught_at)
     finally:
         sampler.teardown()
+
+
+def test_sleep_without_a_gpu_is_refused(info: StudentInfo) -> None:
+    with pytest.raises(ConfigError, match=r"model.sampler.sleep: an engine on the CPU cannot sleep"):
+        VLLMSampler(sleep=True).setup(info)
+
+
+RANK = """
+import torch
+from dataclasses import replace
+from distillkit.types import RolloutGroup, SampleRequest
+from tests.engines import shared
+from tests.engines.shared import gap, in_order, move, requests
+from distillkit.samplers.vllm import VLLMSampler
+torch.distributed.init_process_group("gloo")
+rank, info = torch.distributed.get_rank(), shared.student_info()
+scorer = shared.student("embedded", info)
+sampler = VLLMSampler(max_new_tokens=24, kv_cache_gib=0.25, enforce_eager=True)
+sampler.setup(info)
+mine = [replace(request, seed=request.seed + (rank << 20)) for request in requests(info)][rank:]
+drawn = []
+for _ in range(3):
+    sampler.sync(scorer)
+    groups = in_order(sampler.sample(mine))
+    assert gap(scorer, groups) < 1e-5, gap(scorer, groups)
+    drawn.append([r.completion_ids.tolist() for group in groups[-3:] for r in group.rollouts])
+    move(scorer, steps=1)
+both = [None, None]
+torch.distributed.all_gather_object(both, drawn[0])
+assert both[0] != both[1], "the ranks repeat each other"
+sampler.teardown()
+count = torch.ones(1)
+torch.distributed.all_reduce(count)  # the trainer's group is still there
+assert count == 2
+torch.distributed.destroy_process_group()
+print("fine", flush=True)
+"""
+
+
+def test_two_ranks_have_an_engine_each() -> None:
+    shared.run_two_ranks(RANK)
 
 
 def test_a_prompt_that_leaves_too_few_positions_is_refused(

@@ -10,26 +10,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e vllm")
 
-from distillkit.backends import LocalBackend
-from distillkit.betas.constant import Constant
 from distillkit.components import StudentInfo
-from distillkit.divergences.sampled import K2
-from distillkit.errors import ConfigError, ModelError, RolloutError, TrainingStopped
+from distillkit.errors import ConfigError, ModelError, RolloutError
 from distillkit.models import StudentScorer
-from distillkit.refusals import StepParts
 from distillkit.samplers.vllm_server import VLLMServerSampler
-from distillkit.step import DistillationStep
-from distillkit.teachers.local import LocalTeacher
-from distillkit.update import StepSettings
+from distillkit.types import RolloutGroup, SampleRequest
 from tests.engines import shared
 from tests.engines.shared import gap, in_order, move, requests, student
 
@@ -110,23 +104,16 @@ class LosesTheAdapter(VLLMServerSampler):
     """A sampler that sends the base weights of a LoRA student only."""
 
     def sync(self, student: StudentScorer) -> None:
-        bare = copy.copy(student)
-        bare._modules = dict(student._modules)
-        with student.model.disable_adapter():
-            bare.model = copy.deepcopy(student.model).unload()
-        super().sync(bare)
+        super().sync(StudentScorer(copy.deepcopy(student.model).unload(), vocab_limit=student.vocab_limit))
 
 
 class SamplesWarmer(VLLMServerSampler):
     """A sampler whose engine draws at another temperature than the requests ask for."""
 
-    def sample(self, requests: Any) -> Any:
-        from dataclasses import replace
-
-        by_id = {request.group_id: request for request in requests}
-        warmer = [replace(r, settings=replace(r.settings, temperature=1.6)) for r in requests]
-        for group in super().sample(warmer):
-            yield replace(group, request=by_id[group.request.group_id])
+    def sample(self, requests: Sequence[SampleRequest]) -> Iterator[RolloutGroup]:
+        given = {request.group_id: request for request in requests}
+        for group in super().sample([replace(r, settings=replace(r.settings, temperature=1.6)) for r in requests]):
+            yield replace(group, request=given[group.request.group_id])
 
 
 @pytest.mark.parametrize(
@@ -142,24 +129,8 @@ class SamplesWarmer(VLLMServerSampler):
 def test_a_sync_that_is_broken_is_caught_at_the_next_step(
     cls: type[VLLMServerSampler], kind: str, caught_at: int | None, running: str, info: StudentInfo
 ) -> None:
-    scorer = student(kind, info)
-    teacher = LocalTeacher(path="embedded:teacher")
     sampler = cls(url=running, max_engine_gap=1e-3, **SMALL)
-    for part in (teacher, sampler):
-        part.setup(info)
-    parts = StepParts(sampler=sampler, teacher=teacher, divergence=K2(), beta=Constant(value=1.0))
-    step = DistillationStep(parts, StepSettings(), scorer, info)
-    backend = LocalBackend(scorer, torch.optim.AdamW(scorer.parameters(), lr=1e-3))
-    for i in range(2):
-        if caught_at == i + 1:
-            weights = copy.deepcopy(scorer.state_dict())
-            expected = f"step {caught_at}: the engine that sampled and the trainer disagree"
-            with pytest.raises(TrainingStopped, match=expected):
-                step.run(requests(info), step=i, backend=backend)
-            assert all(torch.equal(value, weights[name]) for name, value in scorer.state_dict().items())
-            return
-        assert step.run(requests(info), step=i, backend=backend).metrics["train/engine_gap"] < 1e-5
-    assert caught_at is None
+    shared.check_the_guard(sampler, student(kind, info), info, caught_at)
 
 
 def test_another_model_behind_the_address_is_refused(running: str, info: StudentInfo) -> None:
@@ -264,7 +235,7 @@ info, url = shared.student_info(), os.environ["SERVER"]
 scorer = shared.student("embedded", info)
 sampler = VLLMServerSampler(url=url, max_new_tokens=24)
 sampler.setup(info)
-mine = [replace(request, seed=request.seed + rank) for request in requests(info)]
+mine = [replace(request, seed=request.seed + (rank << 20)) for request in requests(info)]
 drawn = []
 for _ in range(3):
     sampler.sync(scorer)
@@ -287,23 +258,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_share_one_server(running: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "SERVER": running}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env={**os.environ, **place, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=250)
-        assert rank.returncode == 0 and out.strip().endswith("fine"), err[-3000:]
+    shared.run_two_ranks(RANK, SERVER=running)
 
 
 def test_the_quickstart_runs_with_a_server(tmp_path: Path) -> None:
