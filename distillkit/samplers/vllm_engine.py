@@ -40,11 +40,11 @@ class InProcessEngine:
         self._asleep = False
         self._can_sleep = bool(arguments.get("enable_sleep_mode"))
         self._joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self._joined:
-            arguments = {**_in_the_trainers_group(), **arguments}
         with _undisturbed(), tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
             import vllm
 
+            if self._joined:
+                arguments = {**_in_the_trainers_group(), **arguments}
             config.save_pretrained(folder)
             self._vllm = vllm
             self._llm = vllm.LLM(
@@ -97,14 +97,11 @@ class InProcessEngine:
 
     def close(self) -> None:
         """Free the engine's memory; a process group of the trainer's stays."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
+        from vllm.v1.engine import core
 
         del self._llm
-        if self._joined:
-            destroy_model_parallel()
-            gc.collect()
-        else:
-            cleanup_dist_env_and_memory()
+        gc.collect()
+        core.cleanup_dist_env_and_memory()
 
     def _wake(self) -> None:
         if self._asleep:
@@ -113,7 +110,14 @@ class InProcessEngine:
 
 
 def _in_the_trainers_group() -> dict[str, Any]:
-    """Arguments of an engine in a process that trains with others: one device, no process group of its own."""
+    """Arguments of an engine in a process that trains with others: one device, no process group of its own.
+
+    vLLM 0.32 destroys the process group of the whole process with each engine; here it is left alone.
+    """
+    from vllm.distributed.parallel_state import destroy_model_parallel
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = destroy_model_parallel
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
     os.environ.setdefault("LOCAL_RANK", str(device))

@@ -131,8 +131,9 @@ class RemoteEngine:
         stopped = choice["finish_reason"] == "stop"
         ends = set(wanted["stop_token_ids"])
         versions = {span["version"] for span in choice["weight_versions"]}
+        if not 0 < len(ids) <= wanted["max_tokens"]:
+            raise ValueError(f"{len(ids)} tokens of {wanted['max_tokens']}")
         checks = (
-            (bool(ids) and len(ids) <= wanted["max_tokens"], f"{len(ids)} tokens of {wanted['max_tokens']}"),
             (
                 all(0 <= token < self._vocab for token in ids),
                 f"token ids from outside the {self._vocab} of the student",
