@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 import secrets
 import shlex
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from distillkit.errors import ConfigError, ModelError, RolloutError, problem
+from distillkit.samplers.vllm_answers import BadAnswer, read_completions
 from distillkit.samplers.vllm_client import Refused, ServerClient, Unreachable
 from distillkit.samplers.vllm_process import SERVER_MODULE, ServerProcess, server_options
 from distillkit.samplers.vllm_requests import EngineCompletion, engine_config
@@ -52,6 +52,11 @@ class RemoteEngine:
         self._vocab = 0
         self.limit = 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether the server has had weights."""
+        return bool(self._version)
+
     def update(self, student: StudentScorer) -> dict[str, Any]:
         """Send the student's weights, meeting the server first if need be; what the other ranks have to know.
 
@@ -69,10 +74,20 @@ class RemoteEngine:
             hint = "its log; `--ckpt_path last` continues this run"
             raise _failed("the weights could not be sent", client.url, error, hint) from error
         self._updates += 1
-        return {"url": client.url, "version": version, "limit": self.limit, "vocab": student.vocab_limit}
+        known_to_all = {"url": client.url, "version": version, "limit": self.limit, "vocab": student.vocab_limit}
+        return {**known_to_all, "host": socket.gethostname()}
 
     def adopt(self, known: Mapping[str, Any]) -> None:
-        """Take over what `update` returned on rank 0."""
+        """Take over what `update` returned on rank 0.
+
+        Raises:
+            ConfigError: rank 0 started the server on a machine that is not this one.
+        """
+        if self._settings.url is None and known["host"] != socket.gethostname():
+            got = f"rank 0 on {known['host']}, this rank on {socket.gethostname()}"
+            hint = "start a server where all reach it, and give its model.sampler.url"
+            where = "model.sampler.url: null starts a server for the ranks of one machine"
+            raise ConfigError(problem(where, got=got, hint=hint))
         self._version, self.limit, self._vocab = known["version"], known["limit"], known["vocab"]
         if self._client is None:
             self._client = self._client_of(known["url"])
@@ -97,7 +112,11 @@ class RemoteEngine:
         ]
         try:
             for place, answer in client.each(_GENERATE, bodies):
-                yield place, self._completions(answer, bodies[place])
+                yield place, read_completions(answer, bodies[place], version=self._version, vocab=self._vocab)
+        except BadAnswer as error:
+            hint = "is the server used by another run, or behind a proxy that changes answers?"
+            where = "the vLLM server's answer is not one to the request"
+            raise _failed(where, client.url, error, hint) from error
         except (Refused, Unreachable) as error:
             hint = "`--ckpt_path last` continues the run when the server is back"
             raise _failed("the vLLM server gives no rollouts", client.url, error, hint) from error
@@ -107,54 +126,6 @@ class RemoteEngine:
         if self._server is not None:
             self._server.close()
             self._server = None
-
-    def _completions(self, answer: Any, body: Mapping[str, Any]) -> list[EngineCompletion]:
-        wanted = body["sampling_params"]
-        try:
-            if answer["prompt_token_ids"] != body["token_ids"]:
-                raise ValueError(f"an answer to {len(answer['prompt_token_ids'])} other prompt tokens than were sent")
-            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-            if len(choices) != wanted["n"]:
-                raise ValueError(f"{len(choices)} completions instead of {wanted['n']}")
-            return [self._completion(choice, wanted) for choice in choices]
-        except (KeyError, TypeError, ValueError) as error:
-            assert self._client is not None
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            hint = "is the server used by another run, or behind a proxy that changes answers?"
-            where = "the vLLM server's answer is not one to the request"
-            raise _failed(where, self._client.url, ValueError(reason), hint) from error
-
-    def _completion(self, choice: Mapping[str, Any], wanted: Mapping[str, Any]) -> EngineCompletion:
-        ids = tuple(int(token) for token in choice["token_ids"])
-        scored = choice["logprobs"]["content"]
-        logprobs = tuple(float(entry["logprob"]) for entry in scored)
-        stopped = choice["finish_reason"] == "stop"
-        ends = set(wanted["stop_token_ids"])
-        versions = {span["version"] for span in choice["weight_versions"]}
-        if not 0 < len(ids) <= wanted["max_tokens"]:
-            raise ValueError(f"{len(ids)} tokens of {wanted['max_tokens']}")
-        checks = (
-            (
-                all(0 <= token < self._vocab for token in ids),
-                f"token ids from outside the {self._vocab} of the student",
-            ),
-            ([entry["token_id"] for entry in scored] == list(ids), "log-probs of other tokens than were sampled"),
-            (all(math.isfinite(value) and value <= 1e-3 for value in logprobs), "log-probs that are none"),
-            (
-                choice["finish_reason"] in ("stop", "length"),
-                f"a completion that ended with {choice['finish_reason']!r}",
-            ),
-            ((ids[-1] in ends) == stopped and not ends & set(ids[:-1]), "a completion that runs past its end token"),
-            (stopped or len(ids) == wanted["max_tokens"], f"a completion cut at {len(ids)} tokens"),
-            (
-                versions == {self._version},
-                f"weights {sorted(versions)} instead of {self._version}: not this run's last",
-            ),
-        )
-        for holds, got in checks:
-            if not holds:
-                raise ValueError(got)
-        return EngineCompletion(ids=ids, logprobs=logprobs, stopped=stopped)
 
     def _client_of(self, url: str) -> ServerClient:
         own = self._settings

@@ -147,7 +147,7 @@ class VLLMServerSampler(RolloutSampler):
             RolloutError: called before `setup` and `sync`; a prompt that leaves too few positions; a server that fails
                 for longer than `retry_s`, or gives what is not a group of this request.
         """
-        if self._info is None or self._remote is None:
+        if self._info is None or self._remote is None or not self._remote.ready:
             where = "VLLMServerSampler.sample"
             raise RolloutError(problem(where, got="no student yet", expected="setup(info) and sync(student) before it"))
         check_lengths(requests, self._remote.limit, "the server's --max-model-len")

@@ -94,8 +94,16 @@ SETTINGS = {"n": 2, "max_tokens": 4, "stop_token_ids": [END]}
 def engine(url: str, **arguments: Any) -> RemoteEngine:
     sampler = VLLMServerSampler(url=url, **{"retry_s": 0.5, "timeout_s": 20.0, **arguments})
     remote = RemoteEngine(sampler)
-    remote.adopt({"url": url, "version": VERSION, "limit": 64, "vocab": VOCAB})
+    remote.adopt({"url": url, "version": VERSION, "limit": 64, "vocab": VOCAB, "host": "a"})
     return remote
+
+
+def test_a_server_of_rank_0_is_for_one_machine() -> None:
+    remote = RemoteEngine(VLLMServerSampler())
+    with pytest.raises(
+        ConfigError, match="null starts a server for the ranks of one machine\n    got:      rank 0 on a,"
+    ):
+        remote.adopt({"url": "http://127.0.0.1:1", "version": VERSION, "limit": 64, "vocab": VOCAB, "host": "a"})
 
 
 def test_completions_come_back_by_their_place(serve: Callable[..., Server]) -> None:
