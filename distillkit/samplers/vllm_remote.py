@@ -168,7 +168,11 @@ class RemoteEngine:
             environment=own.environment or {},
         )
         client = self._client_of(self._server.url)
-        self._server.wait(client.healthy, own.start_timeout_s)
+        try:
+            self._server.wait(client.healthy, own.start_timeout_s)
+        except ModelError:
+            self._server = None  # it is gone; its log stays
+            raise
         return client
 
     def _arguments(self, student: StudentScorer) -> dict[str, Any]:

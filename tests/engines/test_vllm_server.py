@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,6 +162,10 @@ def test_a_server_that_cannot_start_says_why(info: StudentInfo) -> None:
     text = str(caught.value)
     assert text.startswith("model.sampler: the vLLM server did not start\n    | ")
     assert "it ended with exit code" in text and "memory" in text
+    sampler.teardown()
+    log = Path(text.partition("(its log: ")[2].partition(")")[0])
+    assert "Traceback" in log.read_text()
+    shutil.rmtree(log.parent)
 
 
 def test_a_server_that_dies_stops_the_rollouts_and_leaves_nothing(info: StudentInfo) -> None:

@@ -165,6 +165,20 @@ def test_a_failure_that_stays_ends_in_an_error(serve: Callable[..., Server], fai
     assert text in str(caught.value) and server.url in str(caught.value)
 
 
+def test_a_server_that_never_answers_ends_in_an_error(serve: Callable[..., Server]) -> None:
+    stop = threading.Event()
+
+    def reply(body: dict[str, Any], _: int) -> Reply:
+        stop.wait(60)
+        return 200, answer(body)
+
+    server = serve(reply)
+    with pytest.raises(RolloutError, match="ReadTimeout; tried again for"):
+        list(engine(server.url, timeout_s=0.3, retry_s=0.3).generate([[2]], [SETTINGS]))
+    assert not stop.is_set()
+    stop.set()
+
+
 def test_a_refusal_is_not_repeated(serve: Callable[..., Server]) -> None:
     server = serve(lambda body, _: (403, {"error": {"message": "Restart vllm serve with --enable-scale-out"}}))
     with pytest.raises(RolloutError, match="HTTP 403: Restart vllm serve with --enable-scale-out"):
