@@ -47,6 +47,7 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "sampler": {
             "hf": "distillkit.samplers.hf.HFSampler",
             "vllm": "distillkit.samplers.vllm.VLLMSampler",
+            "vllm_server": "distillkit.samplers.vllm_server.VLLMServerSampler",
             "replay": "distillkit.samplers.replay.ReplaySampler",
             "mixed": "distillkit.samplers.mixed.MixedSampler",
         },

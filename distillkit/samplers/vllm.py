@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from distillkit.components import RolloutSampler, StudentInfo
 from distillkit.errors import ConfigError, ModelError, RolloutError, problem
-from distillkit.types import Rollout, RolloutGroup, SampleRequest
+from distillkit.samplers.vllm_requests import check_above_zero, check_lengths, engine_config, parameters, rollout
+from distillkit.samplers.vllm_weights import StudentWeights
+from distillkit.types import RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:
     from distillkit.models import StudentScorer
-    from distillkit.samplers.vllm_engine import EngineCompletion, InProcessEngine
+    from distillkit.samplers.vllm_engine import InProcessEngine
 
 __all__ = ["VLLMSampler"]
 
@@ -23,10 +21,14 @@ __all__ = ["VLLMSampler"]
 class VLLMSampler(RolloutSampler):
     """Samples with vLLM in the trainer's process: continuous batching, paged cache, prompts of a group read once.
 
+    Each of several trainer processes has an engine of its own, on its own device, for its own prompts.
+
     All prompts of a step are in the engine at once; a group is handed out when its last rollout is finished. `sync`
     gives the engine the student's tensors through vLLM's own reloading, with no file between them, and drops the cached
-    prefixes of the old weights. The engine computes with other kernels than the trainer: behaviour log-probs are its
-    own, the step measures the gap (`train/engine_gap`) and corrects for it.
+    prefixes of the old weights. Of a LoRA student, from the second time on, it gives only the weights with an adapter,
+    merged in float32, and those that vLLM fuses with them. (vLLM's own LoRA takes fewer kinds of layers, is slower, and
+    rounds between its two products.) The engine computes with other kernels than the trainer: behaviour log-probs are
+    its own, the step measures the gap (`train/engine_gap`) and corrects for it.
 
     Log-probs are those of the distribution that was drawn from: at the sampling temperature, over the ids below
     `StudentInfo.vocab_limit` (the engine's vocabulary ends there). The t-th rollout of a group is drawn from a stream
@@ -41,6 +43,8 @@ class VLLMSampler(RolloutSampler):
         top_p: nucleus; below 1 is refused in training, where its importance ratio is not defined.
         max_model_len: longest prompt and completion together, in tokens; null is the student's own limit.
         kv_cache_gib: memory of the engine's key/value cache; null lets vLLM decide.
+        sleep: between rollouts, hold the engine's weights in main memory and drop its cache: a GPU then has that much
+            more for the update. GPUs only.
         enforce_eager: run without compiled graphs: a faster start, slower decoding on a GPU.
         max_engine_gap: nats/token between the engine's log-probs and the trainer's above which the run stops; null only
             measures.
@@ -56,20 +60,18 @@ class VLLMSampler(RolloutSampler):
         top_p: float = 1.0,
         max_model_len: int | None = None,
         kv_cache_gib: float | None = 1.0,
+        sleep: bool = False,
         enforce_eager: bool = False,
         max_engine_gap: float | None = 0.1,
         engine: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        for name, value in (
-            ("max_model_len", max_model_len),
-            ("kv_cache_gib", kv_cache_gib),
-            ("max_engine_gap", max_engine_gap),
-        ):
-            if value is not None and value <= 0:
-                raise ConfigError(problem(f"model.sampler.{name}", got=value, expected="above 0, or null"))
+        check_above_zero(
+            {"max_model_len": max_model_len, "kv_cache_gib": kv_cache_gib, "max_engine_gap": max_engine_gap}
+        )
         self.max_model_len = max_model_len
         self.kv_cache_gib = kv_cache_gib
+        self.sleep = sleep
         self.enforce_eager = enforce_eager
         self.max_engine_gap = max_engine_gap
         self.engine = engine
@@ -78,7 +80,14 @@ class VLLMSampler(RolloutSampler):
         self._limit = 0
 
     def setup(self, student: StudentInfo) -> None:
-        """Keep what is needed to know about the student's tokens; the engine starts with the first weights."""
+        """Keep what is needed to know about the student's tokens; the engine starts with the first weights.
+
+        Raises:
+            ConfigError: `sleep` without a GPU.
+        """
+        if self.sleep and student.device.type == "cpu":
+            where = "model.sampler.sleep: an engine on the CPU cannot sleep"
+            raise ConfigError(problem(where, got=True, expected="false: there is no GPU memory to free"))
         self._info = student
 
     def sync(self, student: StudentScorer) -> None:
@@ -86,11 +95,12 @@ class VLLMSampler(RolloutSampler):
 
         Raises:
             ConfigError: vLLM is not installed.
-            ModelError: the student has adapters, or vLLM cannot run it.
+            ModelError: vLLM cannot run the student, or takes no adapter of its kind.
         """
+        new = self._engine is None
         if self._engine is None:
             self._engine = self._start(student)
-        self._engine.load(_weights(student))
+        self._engine.load(StudentWeights(student), complete=new)
 
     def teardown(self) -> None:
         """Free the engine."""
@@ -108,44 +118,27 @@ class VLLMSampler(RolloutSampler):
             raise RolloutError(
                 problem("VLLMSampler.sample", got="no student yet", expected="setup(info) and sync(student) before it")
             )
-        for request in requests:
-            self._check_length(request)
+        check_lengths(requests, self._limit, "model.sampler.max_model_len")
         return self._groups(tuple(requests), self._info, self._engine)
 
     def _groups(
         self, requests: tuple[SampleRequest, ...], info: StudentInfo, engine: InProcessEngine
     ) -> Iterator[RolloutGroup]:
         prompts = [request.prompt_ids for request in requests]
-        for place, completions in engine.generate(prompts, [_parameters(request, info) for request in requests]):
+        for place, completions in engine.generate(prompts, [parameters(request, info) for request in requests]):
             request = requests[place]
-            yield RolloutGroup(request=request, rollouts=tuple(_rollout(request, c, info) for c in completions))
-
-    def _check_length(self, request: SampleRequest) -> None:
-        prompt, new = len(request.prompt_ids), request.settings.max_new_tokens
-        if prompt + new > self._limit:
-            raise RolloutError(
-                problem(
-                    f"VLLMSampler.sample: group {request.group_id} does not fit the engine's sequences",
-                    got=f"{prompt} prompt tokens + {new} new ones = {prompt + new}",
-                    expected=f"at most {self._limit} (model.sampler.max_model_len)",
-                    hint="a smaller model.sampler.max_new_tokens, or drop prompts this long",
-                )
-            )
+            yield RolloutGroup(request=request, rollouts=tuple(rollout(request, c, info) for c in completions))
 
     def _start(self, student: StudentScorer) -> InProcessEngine:
         from distillkit.samplers.vllm_engine import InProcessEngine
 
         model: Any = student.model
-        if hasattr(model, "get_base_model"):
-            where = "model.sampler: vllm does not take a student with adapters"
-            raise ModelError(problem(where, got=type(model).__name__, hint="model.sampler: hf"))
-        config = copy.deepcopy(model.config)
-        text = config.get_text_config()
-        text.vocab_size = student.vocab_limit
-        self._limit = self.max_model_len or int(text.max_position_embeddings)
+        config = engine_config(student)
+        self._limit = self.max_model_len or int(config.get_text_config().max_position_embeddings)
         arguments: dict[str, Any] = {
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "enforce_eager": self.enforce_eager,
+            **({"enable_sleep_mode": True} if self.sleep else {}),
             **({} if self.kv_cache_gib is None else {"kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30)}),
             **(self.engine or {}),
         }
@@ -158,39 +151,3 @@ class VLLMSampler(RolloutSampler):
             where = f"model.sampler: vLLM cannot run {type(model).__name__} with these settings"
             reason = str(error).strip() or type(error).__name__
             raise ModelError(problem(where, got=reason, hint="model.sampler.engine, or model.sampler: hf")) from error
-
-
-def _weights(student: StudentScorer) -> Iterator[tuple[str, Tensor]]:
-    """The student's tensors by checkpoint name; rows of embedding and head beyond the shared vocabulary stay out."""
-    model: Any = student.model
-    sides = model.get_input_embeddings(), model.get_output_embeddings()
-    by_token = {id(parameter) for side in sides for parameter in side.parameters()}
-    for name, parameter in model.named_parameters():  # a head that is the embedding comes once
-        whole = parameter.detach()
-        yield name, whole[: student.vocab_limit] if id(parameter) in by_token else whole
-
-
-def _parameters(request: SampleRequest, info: StudentInfo) -> Mapping[str, Any]:
-    settings = request.settings
-    return {
-        "n": settings.group_size,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_tokens": settings.max_new_tokens,
-        "seed": request.seed >> 1,  # room for the place in the group, which vLLM adds
-        "stop_token_ids": list(info.eos_token_ids),
-    }
-
-
-def _rollout(request: SampleRequest, completion: EngineCompletion, info: StudentInfo) -> Rollout:
-    ids = torch.tensor(completion.ids, dtype=torch.long)
-    text = info.tokenizer.decode(ids[:-1] if completion.stopped else ids, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return Rollout(
-        completion_ids=ids,
-        behaviour_logprobs=torch.tensor(completion.logprobs, dtype=torch.float32),
-        loss_mask=torch.ones_like(ids, dtype=torch.bool),
-        policy_version=torch.full_like(ids, request.policy_version),
-        finish_reason="stop" if completion.stopped else "length",
-        text=text,
-    )

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
-__all__ = ["EngineCompletion", "InProcessEngine"]
+from distillkit.samplers.vllm_requests import EngineCompletion
+from distillkit.samplers.vllm_weights import Piece, StudentWeights, assemble
+from distillkit.samplers.vllm_worker import load_weights
 
-
-@dataclass(frozen=True, kw_only=True)
-class EngineCompletion:
-    """Token ids of one completion, the end token included, and their log-probs as the engine drew from them."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    stopped: bool
+__all__ = ["InProcessEngine"]
 
 
 class InProcessEngine:
@@ -43,9 +37,14 @@ class InProcessEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else some lines at every sync
+        self._asleep = False
+        self._can_sleep = bool(arguments.get("enable_sleep_mode"))
+        self._joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         with _undisturbed(), tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
             import vllm
 
+            if self._joined:
+                arguments = {**_in_the_trainers_group(), **arguments}
             config.save_pretrained(folder)
             self._vllm = vllm
             self._llm = vllm.LLM(
@@ -58,9 +57,15 @@ class InProcessEngine:
                 **arguments,
             )
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace every weight, by its name in a checkpoint, and forget prefixes computed with the old ones."""
-        self._llm.collective_rpc(_load, args=(list(weights),))
+    def load(self, weights: StudentWeights, *, complete: bool) -> None:
+        """Replace the weights, or the adapted ones, and forget prefixes computed with the old ones.
+
+        The bases of an adapter are the trainer's own tensors: they are not kept a second time.
+        """
+        self._wake()
+        complete = complete or not weights.adapted
+        pieces = weights.everything() if complete else weights.blocks()
+        self._llm.collective_rpc(_load, args=(pieces, complete))
         self._llm.reset_prefix_cache()
 
     def generate(
@@ -72,10 +77,11 @@ class InProcessEngine:
             prompts: token ids.
             settings: arguments of `vllm.SamplingParams`, one mapping a prompt.
         """
+        self._wake()
         engine = self._llm.llm_engine
         final = self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         for i, (ids, own) in enumerate(zip(prompts, settings, strict=True)):
-            params = self._vllm.SamplingParams(**own, logprobs=0, detokenize=False, ignore_eos=True, output_kind=final)
+            params = self._vllm.SamplingParams(**own, output_kind=final)
             engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
         try:
             while engine.has_unfinished_requests():
@@ -85,13 +91,37 @@ class InProcessEngine:
         finally:
             if engine.has_unfinished_requests():  # the consumer stopped early
                 engine.abort_request([str(i) for i in range(len(prompts))])
+            if self._can_sleep:
+                self._llm.sleep(level=1)  # level 2 would lose the weights that an adapter's sync does not send again
+                self._asleep = True
 
     def close(self) -> None:
-        """Free the engine's memory."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        """Free the engine's memory; a process group of the trainer's stays."""
+        from vllm.v1.engine import core
 
         del self._llm
-        cleanup_dist_env_and_memory()
+        gc.collect()
+        core.cleanup_dist_env_and_memory()
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+
+def _in_the_trainers_group() -> dict[str, Any]:
+    """Arguments of an engine in a process that trains with others: one device, no process group of its own.
+
+    vLLM 0.32 destroys the process group of the whole process with each engine; here it is left alone.
+    """
+    from vllm.distributed.parallel_state import destroy_model_parallel
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = destroy_model_parallel
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+    os.environ.setdefault("LOCAL_RANK", str(device))
+    return {"distributed_executor_backend": "external_launcher"}
 
 
 def _completion(output: Any) -> EngineCompletion:
@@ -100,17 +130,11 @@ def _completion(output: Any) -> EngineCompletion:
     return EngineCompletion(ids=ids, logprobs=logprobs, stopped=output.finish_reason == "stop")
 
 
-def _load(worker: Any, weights: list[tuple[str, Tensor]]) -> None:
+def _load(worker: Any, pieces: list[Piece], complete: bool) -> None:
     """Run in the worker."""
-    worker.model_runner.reload_weights(weights_iterator=iter(weights))
-    model = worker.model_runner.get_model()
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "cpu_linear"):
-        # vLLM 0.32 on the CPU leaves a tied head with the packed copy of its old weights: log-probs then are wrong by
-        # nats, without an error.
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    runner = worker.model_runner
+    weights = assemble(pieces, {}, worker.device)
+    load_weights(runner.get_model(), runner.vllm_config, weights, complete=complete)
 
 
 @contextlib.contextmanager

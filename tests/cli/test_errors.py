@@ -360,7 +360,7 @@ ARGV = [
         ["--model.sampler.group_size", "4"],
         "command line, model.sampler: which sampler? neither name nor class_path is given\n"
         "    got:      group_size\n"
-        "    expected: name: one of hf, mixed, replay, vllm\n",
+        "    expected: name: one of hf, mixed, replay, vllm, vllm_server\n",
     ),
     (
         ["--config", "nowhere.yaml"],
