@@ -61,7 +61,7 @@ def teacher_request(parts: StepParts) -> ScoreRequest:
     return request
 
 
-def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
+def check_parts(parts: StepParts, distill_through: DistillThrough, distil_temperature: float = 1.0) -> None:
     """Refuse parts that cannot work together; every problem is reported at once.
 
     Raises:
@@ -74,6 +74,8 @@ def check_parts(parts: StepParts, distill_through: DistillThrough) -> None:
         *_teacher(parts),
         *_divergence(parts, distill_through),
         *_reference(parts),
+        *_temperature(parts.teacher, distil_temperature, "distil_temperature" in parts.schedules),
+        *_temperature(parts.reference, distil_temperature, "distil_temperature" in parts.schedules),
         *_schedules(parts),
     ]
     if problems:
@@ -86,13 +88,18 @@ def check_supervised(
     divergence: DivergenceEstimator | None,
     beta: BetaScheduler | None,
     sft_weight: float,
+    distil_temperature: float = 1.0,
 ) -> None:
     """Refuse parts that cannot work together on given completions; every problem is reported at once.
 
     Raises:
         ConfigError: with one paragraph per problem.
     """
-    problems = [*_cross_entropy(divergence, sft_weight), *_offline(teacher, divergence, beta)]
+    problems = [
+        *_cross_entropy(divergence, sft_weight),
+        *_offline(teacher, divergence, beta),
+        *_temperature(teacher, distil_temperature, scheduled=False),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -193,6 +200,15 @@ def _teacher(parts: StepParts) -> Iterator[str]:
             where = f"model.{key}: {name} needs what the teacher {teacher} does not give"
             hint = "model.teacher: {name: local, path: ...} gives everything"
             yield problem(where, got=_describe(parts.teacher.offers), expected=lacking, hint=hint)
+
+
+def _temperature(part: TeacherScorer | None, value: float, scheduled: bool) -> Iterator[str]:
+    if part is None or part.any_temperature or (value == 1 and not scheduled):
+        return
+    key = "model.schedules.distil_temperature" if scheduled else "model.distil_temperature"
+    got, hint = ("a schedule", "none") if scheduled else (value, "1.0")
+    where = f"{key}: {type(part).__name__} scores at temperature 1 only"
+    yield problem(where, got=got, expected=1.0, hint=f"{key}: {hint}, or model.teacher: {{name: local, path: ...}}")
 
 
 def _divergence(parts: StepParts, distill_through: DistillThrough) -> Iterator[str]:

@@ -236,13 +236,9 @@ class VLLMTeacher(TeacherScorer):
         self, pool: ServerPool, ids: list[int], positions: list[int], k: int, unwanted: threading.Event
     ) -> RolloutScores:
         """Score one rollout; ask again for more where ids beyond the vocabulary limit are among the most likely."""
-        spare = 0
+        spare, most = 0, max(self.max_logprobs, k)
         while True:
-            asked = k + spare
-            if asked > self.max_logprobs and k:
-                where = "model.teacher.max_logprobs: too few to leave out ids that the student does not have"
-                hint = f"model.teacher.max_logprobs: {asked}, and vllm serve MODEL --max-logprobs {asked}"
-                raise ConfigError(problem(where, got=self.max_logprobs, expected=f"at least {asked}", hint=hint))
+            asked = min(k + spare, most)
             scores = pool.ask(PATH, scoring_entries(ids, asked), self._reader(ids, positions, asked), unwanted)
             if all(len(row) >= k for row in scores.topk):
                 return RolloutScores(
@@ -251,6 +247,10 @@ class VLLMTeacher(TeacherScorer):
                     topk=[row[:k] for row in scores.topk],
                 )
             spare = min(max(8, 2 * spare), self._beyond)
+            if asked == most:
+                where = "model.teacher.max_logprobs: too few to leave out ids that the student does not have"
+                hint = f"model.teacher.max_logprobs: {k + spare}, and vllm serve MODEL --max-logprobs {k + spare}"
+                raise ConfigError(problem(where, got=self.max_logprobs, expected=f"more than {asked}", hint=hint))
 
     def _reader(self, ids: list[int], positions: list[int], asked: int) -> Callable[[object], RolloutScores]:
         return lambda answer: read_scores(answer, ids, positions, asked=asked, limit=self._limit)

@@ -202,7 +202,7 @@ class ServerPool:
         if failure.fault == "request":
             return
         with self._changed:
-            if server.state == "up":  # else another request of the same moment has said so
+            if server.state == "up" and not self._closed:  # else another request of the same moment has said so
                 server.state = "resting" if failure.fault == "busy" else "down"
                 self._rest(server, failure)
                 _LOG.warning("model.teacher: %s failed (%s)", server.url, failure.reason)
