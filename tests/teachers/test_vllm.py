@@ -21,7 +21,7 @@ from distillkit.errors import ConfigError, ModelError, ScoringError
 from distillkit.teachers.cached import CachedTeacher
 from distillkit.teachers.local import LocalTeacher
 from distillkit.teachers.vllm import VLLMTeacher
-from distillkit.testing import char_tokenizer, check, rollout_batch, student_info, tiny_model
+from distillkit.testing import char_tokenizer, rollout_batch, student_info, tiny_model
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 from tests.teachers.fake_vllm import Behaviour, FakeVLLM, changed, die, hang_up, running, status, waits
 
@@ -96,11 +96,6 @@ def rows(batch: RolloutBatch) -> Counter[tuple[int, ...]]:
     """What should be asked: every rollout up to its last scored token."""
     ends = [int(mask.nonzero()[-1]) + 1 for mask in batch.loss_mask]
     return Counter(tuple(tokens[:end].tolist()) for tokens, end in zip(batch.tokens, ends, strict=True))
-
-
-def test_it_is_a_teacher_like_any_other(path: str) -> None:
-    with running(FakeVLLM(tiny_model(5))) as fakes:
-        check(teacher(fakes, path))
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -219,21 +214,24 @@ def test_answers_that_never_come_in_time_say_what_to_change(path: str) -> None:
             never.set()
 
 
-def test_a_server_that_dies_and_returns_loses_nothing(path: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_server_that_dies_and_returns_loses_nothing(
+    path: str, caplog: pytest.LogCaptureFixture, concurrency: int
+) -> None:
     batch, fake = rollout_batch(), FakeVLLM(tiny_model(5))
-    before = Counter(rows(batch))
-    with ready(path, fake, concurrency=2, backoff_s=0.05) as part, ThreadPoolExecutor(1) as threads:
+    with ready(path, fake, concurrency=concurrency, backoff_s=0.05) as part, ThreadPoolExecutor(1) as threads:
         fake.plan = [None, None, None, None, None, die]
         pending = threads.submit(part.score, batch, TOP)
         while not any("no server answers" in record.message for record in caplog.records):
             assert not pending.done(), pending.result()
             threading.Event().wait(0.01)
-        kept = Counter(fake.answered)
+        kept = len(fake.answered)
         fake.start()
         same(pending.result(timeout=60), local(path, batch, TOP))
-    assert sum(kept.values()) >= 4
-    again = Counter(fake.answered) & before
-    assert again == before, "what was answered before the server died was asked again, or something was lost"
+    if concurrency == 1:  # else an answer may have been under way when the connections broke
+        assert kept == 5
+        scored = {ids: count for ids, count in Counter(fake.answered).items() if ids in rows(batch)}
+        assert scored == rows(batch), "an answered rollout was asked for again"
     (note,) = (record.message for record in caplog.records if "waiting" in record.message)
     assert note.startswith(f"model.teacher: no server answers ({fake.url}: ")
     assert note.endswith("); waiting up to 30 s for one to return")
