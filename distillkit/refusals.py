@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distillkit.components import (
     BetaScheduler,
@@ -138,7 +138,7 @@ def _offline(
         yield problem(where, got="null", expected=f"a teacher that gives {_describe(needs)}", hint=hint)
     elif lacking := _lacking(teacher.offers, needs):
         where = f"model.divergence: {name} needs what the teacher {type(teacher).__name__} does not give"
-        yield problem(where, got=_describe(teacher.offers), expected=lacking, hint=f"{local} gives everything")
+        yield problem(where, got=_describe(teacher.offers), expected=lacking, hint=_more(teacher, needs))
 
 
 def _sampling(parts: StepParts) -> Iterator[str]:
@@ -198,7 +198,7 @@ def _teacher(parts: StepParts) -> Iterator[str]:
         if part is not None and (lacking := _lacking(parts.teacher.offers, part.needs)):
             name, teacher = type(part).__name__, type(parts.teacher).__name__
             where = f"model.{key}: {name} needs what the teacher {teacher} does not give"
-            hint = "model.teacher: {name: local, path: ...} gives everything"
+            hint = _more(parts.teacher, part.needs)
             yield problem(where, got=_describe(parts.teacher.offers), expected=lacking, hint=hint)
 
 
@@ -280,6 +280,12 @@ def _lacking(offers: ScoreRequest, needs: ScoreRequest) -> str | None:
         if missing
     ]
     return ", ".join(lacking) or None
+
+
+def _more(teacher: TeacherScorer, needs: ScoreRequest) -> str:
+    if teacher.more_topk and needs == replace(needs, student_topk=0, full=False, entropy=False):
+        return teacher.more_topk.format(k=needs.topk)
+    return "model.teacher: {name: local, path: ...} gives everything"
 
 
 def _describe(request: ScoreRequest) -> str:

@@ -59,6 +59,8 @@ class VLLMTeacher(TeacherScorer):
             other tokens' scores, or none is back in time.
     """
 
+    more_topk = "model.teacher.max_logprobs: {k}, and vllm serve MODEL --max-logprobs {k}"
+
     def __init__(
         self,
         *,

@@ -10,6 +10,7 @@ import pytest
 
 from distillkit.betas.constant import Constant
 from distillkit.betas.linear import Linear
+from distillkit.divergences.full import ReverseKL
 from distillkit.divergences.sampled import K2
 from distillkit.divergences.topk import TopK
 from distillkit.errors import ConfigError, DistillkitError, ModelError, ScoringError
@@ -177,8 +178,13 @@ def test_before_any_model_is_loaded(path: str) -> None:
         check_parts(StepParts(**{**vars(parts), "teacher": both}), "loss", 0.5)
     check_parts(StepParts(**{**vars(parts), "teacher": FakeTeacher()}), "loss", 0.5)
     wide = StepParts(**{**vars(parts), "divergence": TopK(k=64)})
-    with pytest.raises(ConfigError, match=r"its top 64 log-probs \(it gives 20\)"):
+    with pytest.raises(
+        ConfigError, match=r"its top 64 log-probs \(it gives 20\)\n    try:      .*max_logprobs: 64, and vllm"
+    ):
         check_parts(wide, "loss")
+    exact = StepParts(**{**vars(parts), "divergence": ReverseKL()})
+    with pytest.raises(ConfigError, match=r"whole distributions\n    try:      .* local, path: ...} gives everything"):
+        check_parts(exact, "loss")
     few = TopK(k=8, direction="forward")
     check_supervised(teacher=part, divergence=few, beta=Constant(value=1.0), sft_weight=0.0)
     with pytest.raises(ConfigError, match=r"model.distil_temperature: VLLMTeacher scores at temperature 1 only"):
