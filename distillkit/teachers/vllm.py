@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -225,10 +225,13 @@ class VLLMTeacher(TeacherScorer):
             for i, (ids, positions) in jobs.items():
                 pending[i] = threads.submit(self._ask, pool, ids, positions, k, unwanted)
             wait(pending.values(), return_when=FIRST_EXCEPTION)
-            failed = next((f for f in pending.values() if f.done() and f.exception() is not None), None)
-            if failed is not None:
-                failed.result()
+            for future in (future for future in pending.values() if future.done()):
+                future.result()
             return {i: future.result() for i, future in pending.items()}
+        except ScoringError:
+            raise
+        except (CancelledError, RuntimeError) as error:  # the threads were stopped meanwhile
+            raise ScoringError(problem("model.teacher: not scored", got="scoring was ended")) from error
         finally:
             unwanted.set()
             for future in pending.values():

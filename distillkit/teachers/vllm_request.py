@@ -69,7 +69,8 @@ def send(http: httpx2.Client, url: str, entries: Mapping[str, Any] | None = None
         raise Failure(late, fault="broken") from error
     except httpx2.ConnectError as error:
         raise Failure(f"cannot connect ({_short(str(error))})", fault="gone") from error
-    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, RuntimeError) as error:
+        # A RuntimeError: the client was closed meanwhile.
         raise Failure(f"broken connection ({_short(f'{type(error).__name__}: {error}')})", fault="broken") from error
     status = response.status_code
     if status != 200:

@@ -104,6 +104,7 @@ class FakeVLLM:
         self.always: Behaviour | None = None
         self.lock = threading.Lock()
         self.connections: set[socket.socket] = set()
+        self.dead = threading.Event()
         self._port = 0
         self._httpd: ThreadingHTTPServer | None = None
 
@@ -113,6 +114,7 @@ class FakeVLLM:
 
     def start(self) -> FakeVLLM:
         """Listen, at the same address as before."""
+        self.dead.clear()
         handler = type("OwnHandler", (Handler,), {"fake": self})
         self._httpd = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
         self._httpd.daemon_threads = True
@@ -130,6 +132,16 @@ class FakeVLLM:
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        self.dead.set()
+
+    def start_when_dead(self) -> None:
+        """Listen again as soon as it is killed (within a minute)."""
+
+        def start() -> None:
+            if self.dead.wait(60):
+                self.start()
+
+        threading.Thread(target=start, daemon=True).start()
 
     def forget(self) -> None:
         """Forget the requests until now (those of the start-up check)."""

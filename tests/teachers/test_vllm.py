@@ -128,6 +128,15 @@ def test_nothing_is_asked_about_rollouts_without_a_sampled_token(path: str) -> N
     assert len(fake.asked) == 2 and not none.valid.any()
 
 
+def test_a_token_without_a_prefix_is_not_valid(path: str) -> None:
+    batch = rollout_batch({"1+1=": ["2"]})
+    mask = batch.loss_mask.clone()
+    mask[:, 0] = True
+    with ready(path, FakeVLLM(tiny_model(5))) as part:
+        scores = part.score(replace(batch, loss_mask=mask), TOP)
+    same(scores, local(path, batch, TOP))
+
+
 def test_groups_may_be_scored_from_several_threads(path: str) -> None:
     batch = rollout_batch()
     groups = [torch.arange(i, i + 4) for i in (0, 4, 8)]
@@ -214,6 +223,17 @@ def test_answers_that_never_come_in_time_say_what_to_change(path: str) -> None:
             never.set()
 
 
+def test_waiting_for_a_server_to_return_is_no_try(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    batch, fake = rollout_batch(), FakeVLLM(tiny_model(5))
+    with ready(path, fake, retries=0) as part, ThreadPoolExecutor(1) as threads:
+        fake.kill()
+        pending = threads.submit(part.score, batch, SAMPLED)
+        while not any("no server answers" in record.message for record in caplog.records):
+            threading.Event().wait(0.01)
+        fake.start()
+        same(pending.result(timeout=60), local(path, batch, SAMPLED))
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_server_that_dies_and_returns_loses_nothing(
     path: str, caplog: pytest.LogCaptureFixture, concurrency: int
@@ -291,7 +311,7 @@ def test_the_end_of_a_run_ends_the_waiting(path: str, caplog: pytest.LogCaptureF
         while not any("no server answers" in record.message for record in caplog.records):
             threading.Event().wait(0.01)
         part.teardown()
-        with pytest.raises((ScoringError, RuntimeError)):
+        with pytest.raises(ScoringError, match="scoring was ended"):
             pending.result(timeout=60)
 
 
@@ -300,7 +320,7 @@ def test_another_model_at_the_same_address_is_found_out(path: str) -> None:
     with ready(path, fake) as part:
         fake.plan = [die]
         fake.model = tiny_model(6)
-        threading.Timer(0.2, fake.start).start()
+        fake.start_when_dead()
         with pytest.raises(ScoringError, match=r"came back as another server\n.*nats/token apart"):
             part.score(batch, SAMPLED)
 
@@ -310,7 +330,7 @@ def test_another_name_at_the_same_address_is_found_out(path: str) -> None:
     with ready(path, fake, model="teacher") as part:
         fake.plan = [die]
         fake.name = "student"
-        threading.Timer(0.2, fake.start).start()
+        fake.start_when_dead()
         with pytest.raises(ScoringError, match=r"came back as another server\nmodel.teacher.model: .* another model"):
             part.score(batch, SAMPLED)
 
@@ -366,13 +386,14 @@ def test_answers_about_other_tokens_are_refused_at_once(
     assert len(fake.asked) == 1
 
 
-def test_a_request_that_the_server_refuses_is_not_repeated(path: str) -> None:
-    fake = FakeVLLM(tiny_model(5))
-    with ready(path, fake) as part:
-        fake.always = status(400, "no prompt log-probs here")
+def test_a_request_that_the_server_refuses_ends_the_call(path: str) -> None:
+    fake, raised = FakeVLLM(tiny_model(5)), threading.Event()
+    with ready(path, fake, concurrency=1) as part:
+        fake.plan, fake.always = [status(400, "no prompt log-probs here")], waits(raised)
         with pytest.raises(ScoringError, match=r"HTTP 400 no prompt log-probs here"):
-            part.score(rollout_batch({"1+1=": ["2"]}), SAMPLED)
-    assert len(fake.asked) == 1
+            part.score(rollout_batch(), SAMPLED)
+        raised.set()
+    assert len(fake.asked) <= 2, "neither is it repeated, nor are the other rollouts asked for"
 
 
 def test_a_token_that_the_teacher_rules_out_is_not_valid(path: str) -> None:
@@ -400,18 +421,23 @@ def test_ids_that_the_student_does_not_have_are_left_out(tmp_path: Path, monkeyp
         share = model(input_ids=batch.tokens).logits.softmax(-1)[..., limit:].sum(-1).max()
     assert 1e-3 < share < 0.5
     monkeypatch.setattr("distillkit.teachers.vllm_checks._PADDING_MASS", 0.5)
-    with ready(path, fake, max_logprobs=64) as part:
-        for k in (1, 20, 50, 60):
+    fake.max_logprobs = limit + 3
+    for k in (1, 20, 50, 60, limit):
+        with ready(path, fake, max_logprobs=limit + 3 if k == limit else 64) as part:
             request = ScoreRequest(sampled=True, topk=k)
             found, theirs = part.score(batch, request), local(path, batch, request)
             assert torch.equal(found.topk_ids, theirs.topk_ids)
             # Padding that was returned is out of the softmax; what was not returned is still in it.
-            bound = float(-(1 - share).log()) + 1e-5
+            bound = 1e-5 if k == limit else float(-(1 - share).log()) + 1e-5
             torch.testing.assert_close(found.topk, theirs.topk, rtol=0, atol=bound)
             torch.testing.assert_close(found.sampled, theirs.sampled, rtol=0, atol=bound)
-        assert len(fake.asked) > 4 * len(batch), "the ids to leave out were never among the most likely ones"
-        with pytest.raises(ConfigError, match=r"max_logprobs: 67, and vllm serve MODEL --max-logprobs 67"):
-            part.score(batch, ScoreRequest(sampled=True, topk=64))
+            if k == limit:
+                assert len(fake.asked) == 2 * len(batch), "the ids to leave out were not among the most likely ones"
+    with (
+        ready(path, fake, max_logprobs=64) as part,
+        pytest.raises(ConfigError, match=r"max_logprobs: 67, and vllm serve MODEL --max-logprobs 67"),
+    ):
+        part.score(batch, ScoreRequest(sampled=True, topk=64))
 
 
 def test_a_rollout_that_is_too_long_names_its_group(path: str) -> None:
