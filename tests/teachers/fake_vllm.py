@@ -134,11 +134,12 @@ class FakeVLLM:
                 connection.shutdown(socket.SHUT_RDWR)
         self.dead.set()
 
-    def start_when_dead(self) -> None:
-        """Listen again as soon as it is killed (within a minute)."""
+    def start_when_dead(self, **changes: Any) -> None:
+        """Listen again, with changed attributes, as soon as it is killed (within a minute)."""
 
         def start() -> None:
             if self.dead.wait(60):
+                vars(self).update(changes)
                 self.start()
 
         threading.Thread(target=start, daemon=True).start()

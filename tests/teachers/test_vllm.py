@@ -319,8 +319,7 @@ def test_another_model_at_the_same_address_is_found_out(path: str) -> None:
     batch, fake = rollout_batch(), FakeVLLM(tiny_model(5))
     with ready(path, fake) as part:
         fake.plan = [die]
-        fake.model = tiny_model(6)
-        fake.start_when_dead()
+        fake.start_when_dead(model=tiny_model(6))
         with pytest.raises(ScoringError, match=r"came back as another server\n.*nats/token apart"):
             part.score(batch, SAMPLED)
 
@@ -329,8 +328,7 @@ def test_another_name_at_the_same_address_is_found_out(path: str) -> None:
     batch, fake = rollout_batch(), FakeVLLM(tiny_model(5))
     with ready(path, fake, model="teacher") as part:
         fake.plan = [die]
-        fake.name = "student"
-        fake.start_when_dead()
+        fake.start_when_dead(name="student")
         with pytest.raises(ScoringError, match=r"came back as another server\nmodel.teacher.model: .* another model"):
             part.score(batch, SAMPLED)
 
