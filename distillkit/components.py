@@ -183,6 +183,8 @@ class TeacherScorer(Component):
     """A frozen model's opinion of the student's own tokens, without gradient."""
 
     kind = "teacher"
+    more_topk: ClassVar[str] = ""
+    """What lets it offer the top `{k}`, where that is a setting."""
 
     @property
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distillkit.components import (
     BetaScheduler,
@@ -61,7 +61,9 @@ def teacher_request(parts: StepParts) -> ScoreRequest:
     return request
 
 
-def check_parts(parts: StepParts, distill_through: DistillThrough, *, one_step_off: bool = False) -> None:
+def check_parts(
+    parts: StepParts, distill_through: DistillThrough, distil_temperature: float = 1.0, *, one_step_off: bool = False
+) -> None:
     """Refuse parts that cannot work together; every problem is reported at once.
 
     Raises:
@@ -75,6 +77,8 @@ def check_parts(parts: StepParts, distill_through: DistillThrough, *, one_step_o
         *_teacher(parts),
         *_divergence(parts, distill_through),
         *_reference(parts),
+        *_temperature(parts.teacher, distil_temperature, "distil_temperature" in parts.schedules),
+        *_temperature(parts.reference, distil_temperature, "distil_temperature" in parts.schedules),
         *_schedules(parts),
     ]
     if problems:
@@ -87,13 +91,18 @@ def check_supervised(
     divergence: DivergenceEstimator | None,
     beta: BetaScheduler | None,
     sft_weight: float,
+    distil_temperature: float = 1.0,
 ) -> None:
     """Refuse parts that cannot work together on given completions; every problem is reported at once.
 
     Raises:
         ConfigError: with one paragraph per problem.
     """
-    problems = [*_cross_entropy(divergence, sft_weight), *_offline(teacher, divergence, beta)]
+    problems = [
+        *_cross_entropy(divergence, sft_weight),
+        *_offline(teacher, divergence, beta),
+        *_temperature(teacher, distil_temperature, scheduled=False),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -132,7 +141,7 @@ def _offline(
         yield problem(where, got="null", expected=f"a teacher that gives {_describe(needs)}", hint=hint)
     elif lacking := _lacking(teacher.offers, needs):
         where = f"model.divergence: {name} needs what the teacher {type(teacher).__name__} does not give"
-        yield problem(where, got=_describe(teacher.offers), expected=lacking, hint=f"{local} gives everything")
+        yield problem(where, got=_describe(teacher.offers), expected=lacking, hint=_more(teacher, needs))
 
 
 def _sampling(parts: StepParts) -> Iterator[str]:
@@ -199,8 +208,17 @@ def _teacher(parts: StepParts) -> Iterator[str]:
         if part is not None and (lacking := _lacking(parts.teacher.offers, part.needs)):
             name, teacher = type(part).__name__, type(parts.teacher).__name__
             where = f"model.{key}: {name} needs what the teacher {teacher} does not give"
-            hint = "model.teacher: {name: local, path: ...} gives everything"
+            hint = _more(parts.teacher, part.needs)
             yield problem(where, got=_describe(parts.teacher.offers), expected=lacking, hint=hint)
+
+
+def _temperature(part: TeacherScorer | None, value: float, scheduled: bool) -> Iterator[str]:
+    if part is None or part.any_temperature or (value == 1 and not scheduled):
+        return
+    key = "model.schedules.distil_temperature" if scheduled else "model.distil_temperature"
+    got, hint = ("a schedule", "none") if scheduled else (value, "1.0")
+    where = f"{key}: {type(part).__name__} scores at temperature 1 only"
+    yield problem(where, got=got, expected=1.0, hint=f"{key}: {hint}, or model.teacher: {{name: local, path: ...}}")
 
 
 def _divergence(parts: StepParts, distill_through: DistillThrough) -> Iterator[str]:
@@ -272,6 +290,12 @@ def _lacking(offers: ScoreRequest, needs: ScoreRequest) -> str | None:
         if missing
     ]
     return ", ".join(lacking) or None
+
+
+def _more(teacher: TeacherScorer, needs: ScoreRequest) -> str:
+    if teacher.more_topk and needs == replace(needs, student_topk=0, full=False, entropy=False):
+        return teacher.more_topk.format(k=needs.topk)
+    return "model.teacher: {name: local, path: ...} gives everything"
 
 
 def _describe(request: ScoreRequest) -> str:

@@ -59,7 +59,7 @@ class DistillationStep:
     """
 
     def __init__(self, parts: StepParts, settings: StepSettings, scorer: StudentScorer, student: StudentInfo) -> None:
-        check_parts(parts, settings.distill_through, one_step_off=settings.one_step_off)
+        check_parts(parts, settings.distill_through, settings.distil_temperature, one_step_off=settings.one_step_off)
         self.parts = parts
         self.settings = settings
         self.scorer = scorer

@@ -23,6 +23,7 @@ from distillkit.testing import (
     tiny_model,
 )
 from tests.rewards.gsrm import markov
+from tests.teachers.fake_vllm import FakeVLLM, running
 
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "divergence k2": [{}, {"bound": 5.0}],
@@ -131,6 +132,12 @@ def test_local_teacher(checkpoint: str) -> None:
 def test_local_teacher_in_small_batches(checkpoint: str) -> None:
     arguments = {"path": checkpoint, "tokens_per_batch": 20, "head_chunk": 2}
     check(build(registry.find("teacher", "local"), arguments))
+
+
+def test_vllm_teacher(checkpoint: str) -> None:
+    with running(FakeVLLM(tiny_model(5)), FakeVLLM(tiny_model(5))) as servers:
+        urls = tuple(server.url for server in servers)
+        check(build(registry.find("teacher", "vllm"), {"urls": urls, "path": checkpoint, "concurrency": 2}))
 
 
 def test_cached_teacher(checkpoint: str, tmp_path: Path) -> None:

@@ -79,12 +79,16 @@ class CachedTeacher(TeacherScorer):
         return replace(self.teacher.offers, full=False, student_topk=0)
 
     @property
+    def any_temperature(self) -> bool:
+        return self.teacher.any_temperature
+
+    @property
     def vocab_size(self) -> int | None:
         return self.teacher.vocab_size
 
     @property
-    def any_temperature(self) -> bool:
-        return self.teacher.any_temperature
+    def elsewhere(self) -> bool:
+        return self.teacher.elsewhere
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -61,14 +61,19 @@ class ExtrapolatedTeacher(TeacherScorer):
         return ScoreRequest(sampled=all(part.offers.sampled for part in self._used()))
 
     @property
+    def any_temperature(self) -> bool:
+        """Where every model in use takes any."""
+        return all(part.any_temperature for part in self._used())
+
+    @property
     def vocab_size(self) -> int | None:
         """The smaller one: an id must have a probability under both."""
         sizes = [size for part in self._used() if (size := part.vocab_size) is not None]
         return min(sizes, default=None)
 
     @property
-    def any_temperature(self) -> bool:
-        return all(part.any_temperature for part in self._used())
+    def elsewhere(self) -> bool:
+        return all(part.elsewhere for part in self._used())
 
     @property
     def reads_rows(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class VLLMTeacher(TeacherScorer):
             other tokens' scores, or none is back in time.
     """
 
+    more_topk = "model.teacher.max_logprobs: {k}, and vllm serve MODEL --max-logprobs {k}"
+
     def __init__(
         self,
         *,
@@ -110,6 +112,10 @@ class VLLMTeacher(TeacherScorer):
     @property
     def any_temperature(self) -> bool:
         return False
+
+    @property
+    def elsewhere(self) -> bool:
+        return True
 
     @property
     def vocab_size(self) -> int:
@@ -223,10 +229,13 @@ class VLLMTeacher(TeacherScorer):
             for i, (ids, positions) in jobs.items():
                 pending[i] = threads.submit(self._ask, pool, ids, positions, k, unwanted)
             wait(pending.values(), return_when=FIRST_EXCEPTION)
-            failed = next((f for f in pending.values() if f.done() and f.exception() is not None), None)
-            if failed is not None:
-                failed.result()
+            for future in (future for future in pending.values() if future.done()):
+                future.result()
             return {i: future.result() for i, future in pending.items()}
+        except ScoringError:
+            raise
+        except (CancelledError, RuntimeError) as error:  # the threads were stopped meanwhile
+            raise ScoringError(problem("model.teacher: not scored", got="scoring was ended")) from error
         finally:
             unwanted.set()
             for future in pending.values():
@@ -236,13 +245,9 @@ class VLLMTeacher(TeacherScorer):
         self, pool: ServerPool, ids: list[int], positions: list[int], k: int, unwanted: threading.Event
     ) -> RolloutScores:
         """Score one rollout; ask again for more where ids beyond the vocabulary limit are among the most likely."""
-        spare = 0
+        spare, most = 0, max(self.max_logprobs, k)
         while True:
-            asked = k + spare
-            if asked > self.max_logprobs and k:
-                where = "model.teacher.max_logprobs: too few to leave out ids that the student does not have"
-                hint = f"model.teacher.max_logprobs: {asked}, and vllm serve MODEL --max-logprobs {asked}"
-                raise ConfigError(problem(where, got=self.max_logprobs, expected=f"at least {asked}", hint=hint))
+            asked = min(k + spare, most)
             scores = pool.ask(PATH, scoring_entries(ids, asked), self._reader(ids, positions, asked), unwanted)
             if all(len(row) >= k for row in scores.topk):
                 return RolloutScores(
@@ -251,6 +256,10 @@ class VLLMTeacher(TeacherScorer):
                     topk=[row[:k] for row in scores.topk],
                 )
             spare = min(max(8, 2 * spare), self._beyond)
+            if asked == most:
+                where = "model.teacher.max_logprobs: too few to leave out ids that the student does not have"
+                hint = f"model.teacher.max_logprobs: {k + spare}, and vllm serve MODEL --max-logprobs {k + spare}"
+                raise ConfigError(problem(where, got=self.max_logprobs, expected=f"more than {asked}", hint=hint))
 
     def _reader(self, ids: list[int], positions: list[int], asked: int) -> Callable[[object], RolloutScores]:
         return lambda answer: read_scores(answer, ids, positions, asked=asked, limit=self._limit)

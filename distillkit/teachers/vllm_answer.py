@@ -44,9 +44,9 @@ def scoring_entries(ids: Sequence[int], k: int) -> dict[str, Any]:
 def read_scores(answer: Any, ids: Sequence[int], positions: Sequence[int], *, asked: int, limit: int) -> RolloutScores:
     """Read the scores at `positions` of `ids` (each at least 1: position 0 has no prefix).
 
-    Entry t of the answer belongs to the token at t, given those before it: its log-prob, and those of the `asked` most
-    likely tokens. Ids at or beyond `limit` are dropped from these, and the others are divided by 1 − (the probability
-    dropped there).
+    Entry t of the answer (log-probs by token id, as `send` gives them) belongs to the token at t, given those before
+    it: its log-prob, and those of the `asked` most likely tokens. Ids at or beyond `limit` are dropped from these, and
+    the others are divided by 1 − (the probability dropped there).
 
     Raises:
         Failure: the answer has no scores, fewer than were asked for, or those of other tokens.
@@ -72,8 +72,8 @@ def read_scores(answer: Any, ids: Sequence[int], positions: Sequence[int], *, as
 def _position(entry: Any, token: int, t: int, asked: int, limit: int) -> tuple[float, list[tuple[float, int]]]:
     """The log-prob of `token`, and (−log-prob, id) of the most likely ids below `limit`, best first."""
     try:
-        nats = {int(key): float(value["logprob"]) for key, value in entry.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        nats = {int(key): float(value) for key, value in entry.items()}
+    except (AttributeError, TypeError, ValueError) as error:
         raise Failure(f"no log-probs at position {t}: {str(entry)[:200]}", fault="request") from error
     if token not in nats:
         raise Failure(f"no log-prob of token {token} at position {t}, but of {list(nats)[:5]}", fault="request")

@@ -18,7 +18,8 @@ __all__ = ["Server", "ServerPool"]
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_PAUSE_S = 15.0
-_HEALTH_TIMEOUT_S = 5.0
+_SMALL_TIMEOUT_S = 10.0
+"""For an answer that costs the server nothing."""
 _LOOK_UP_S = 0.5
 """How often a request that waits looks whether it is still wanted."""
 
@@ -101,7 +102,8 @@ class ServerPool:
         """
         if entries is not None and server.model is not None:
             entries = {"model": server.model, **entries}
-        return send(self._http, f"{server.url}{path}", entries, timeout_s=self._timeout)
+        timeout = self._timeout if entries is not None else min(self._timeout, _SMALL_TIMEOUT_S)
+        return send(self._http, f"{server.url}{path}", entries, timeout_s=timeout)
 
     def ask(
         self, path: str, entries: Mapping[str, Any], read: Callable[[Any], Answer], unwanted: threading.Event
@@ -182,7 +184,7 @@ class ServerPool:
         failure = Failure("it is another server now", fault="request")
         back = False
         try:
-            send(self._http, f"{server.url}/health", timeout_s=min(self._timeout, _HEALTH_TIMEOUT_S))
+            self.send(server, "/health")
             self._recheck(server)
             back = True
         except Failure as caught:
@@ -202,7 +204,7 @@ class ServerPool:
         if failure.fault == "request":
             return
         with self._changed:
-            if server.state == "up":  # else another request of the same moment has said so
+            if server.state == "up" and not self._closed:  # else another request of the same moment has said so
                 server.state = "resting" if failure.fault == "busy" else "down"
                 self._rest(server, failure)
                 _LOG.warning("model.teacher: %s failed (%s)", server.url, failure.reason)

@@ -21,6 +21,7 @@ request, and would again."""
 
 _BUSY = frozenset({408, 425, 429})
 _LARGEST_ANSWER = 2**30
+_CONNECT_S = 10.0
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -43,16 +44,18 @@ class Failure(Exception):
 def send(http: httpx2.Client, url: str, entries: Mapping[str, Any] | None = None, *, timeout_s: float) -> Any:
     """Post `entries` as JSON, or get `url` where there are none; return the JSON of a successful answer.
 
+    An object with a `logprob` becomes this number: there may be half a million of them in an answer.
+
     Raises:
         Failure: there was none within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     late = f"no whole answer within {timeout_s:g} s"
     payload = None if entries is None else json.dumps(entries).encode()
+    timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
     try:
-        with http.stream(
-            "GET" if payload is None else "POST", url, content=payload, headers=_JSON, timeout=timeout_s
-        ) as response:
+        method = "GET" if payload is None else "POST"
+        with http.stream(method, url, content=payload, headers=_JSON, timeout=timeout) as response:
             content = bytearray()
             for chunk in response.iter_bytes():
                 content += chunk
@@ -61,12 +64,13 @@ def send(http: httpx2.Client, url: str, entries: Mapping[str, Any] | None = None
                 if len(content) > _LARGEST_ANSWER:
                     raise Failure(f"an answer of more than {_LARGEST_ANSWER} bytes", fault="request")
     except httpx2.ConnectTimeout as error:
-        raise Failure(f"no connection within {timeout_s:g} s", fault="gone") from error
+        raise Failure(f"no connection within {timeout.connect:g} s", fault="gone") from error
     except httpx2.TimeoutException as error:
         raise Failure(late, fault="broken") from error
     except httpx2.ConnectError as error:
         raise Failure(f"cannot connect ({_short(str(error))})", fault="gone") from error
-    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, RuntimeError) as error:
+        # A RuntimeError: the client was closed meanwhile.
         raise Failure(f"broken connection ({_short(f'{type(error).__name__}: {error}')})", fault="broken") from error
     status = response.status_code
     if status != 200:
@@ -74,7 +78,7 @@ def send(http: httpx2.Client, url: str, entries: Mapping[str, Any] | None = None
         pause = _seconds(response.headers.get("retry-after"))
         raise Failure(f"HTTP {status} {_message(bytes(content))}".rstrip(), fault=fault, pause=pause)
     try:
-        return json.loads(content) if content else None
+        return json.loads(content, object_hook=_without_wrapping) if content else None
     except (ValueError, RecursionError) as error:
         shown = _short(content[:400].decode(errors="replace"))
         raise Failure(f"an answer that is not JSON: {shown}", fault="broken") from error
@@ -101,6 +105,10 @@ def server_address(url: str, where: str) -> str:
     if parts.scheme not in ("http", "https") or not named or parts.query or parts.fragment:
         raise ConfigError(problem(f"{where}: no address", got=repr(url), expected="such as http://localhost:8000"))
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _without_wrapping(value: dict[str, Any]) -> Any:
+    return value.get("logprob", value)
 
 
 def _message(content: bytes) -> str:

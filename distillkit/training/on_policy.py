@@ -156,7 +156,7 @@ class OnPolicyDistillation(StudentModule):
             skip_zero_weight=skip_zero_weight,
             one_step_off=one_step_off,
         )
-        check_parts(self.parts, distill_through, one_step_off=one_step_off)
+        check_parts(self.parts, distill_through, distil_temperature, one_step_off=one_step_off)
 
     def components(self) -> list[Component]:
         """Return the parts of the step, teacher and reference excepted."""
