@@ -19,7 +19,7 @@ TIERS = [
     {"samplers", "teachers", "rewards", "divergences", "betas", "maskers", "objectives"},
     {"backends", "clock", "meters", "refusals", "schedules", "engine_gap", "per_token", "update", "step"},
     {"training", "data", "evaluation", "reporting"},
-    {"runs"},
+    {"runs", "planning"},
     {"cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own tier or from below."""
