@@ -20,6 +20,7 @@ TIERS = [
     {"backends", "clock", "meters", "refusals", "schedules", "engine_gap", "per_token", "update", "step"},
     {"training", "data", "evaluation", "reporting"},
     {"runs", "planning"},
+    {"checkup"},
     {"cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own tier or from below."""

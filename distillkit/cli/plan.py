@@ -103,8 +103,8 @@ def _servers(load: Workload, memory: float, options: argparse.Namespace) -> tupl
         teacher = options.teacher_gpus or together
         copies = max(1, teacher // together)
         lines.append(
-            f"teacher on {teacher} GPUs: {copies} × tensor parallel {together}, {weights / together / 2**30:.1f} GiB of "
-            "weights on each"
+            f"teacher on {teacher} GPUs: {copies} × tensor parallel {together}, {weights / together / 2**30:.1f} GiB "
+            "of weights on each"
         )
     if load.sampling.kind == "vllm_server":
         weights = load.student.parameters * 2 if load.autocast else load.student.parameters * load.bytes_per_weight
@@ -147,8 +147,8 @@ def _machine(
     across = "" if load.ranks <= options.gpus_per_node or options.interconnect else " (400 Gb/s a GPU between nodes)"
     lines = [
         f"{tflops:g} TFLOP/s, {bandwidth:g} GB/s of memory, {link:g} GB/s between ranks{across}: {source}",
-        f"{options.mfu:.0%} of the FLOP/s and {options.bandwidth_share:.0%} of the memory's GB/s are reached; no time for "
-        "launches, Python and waiting",
+        f"{options.mfu:.0%} of the FLOP/s and {options.bandwidth_share:.0%} of the memory's GB/s are reached; no time "
+        "for launches, Python and waiting",
     ]
     return machine, lines
 

@@ -13,9 +13,18 @@ from distillkit.components import DivergenceEstimator
 from distillkit.models import LMHead, ScorePlan, StudentScorer
 from distillkit.types import RolloutBatch, SamplingSettings, TeacherScores
 
-__all__ = ["head_arrays"]
+__all__ = ["head_arrays", "start_profiler"]
 
 _ROWS, _VOCABULARY, _WIDTH = 64, 4096, 4
+
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler prints to stderr at every start
+
+
+def start_profiler() -> None:
+    """Start torch's profiler once; call it in the main thread where `head_arrays` will run in another."""
+    with profile(activities=[ProfilerActivity.CPU]):
+        pass
 
 
 def head_arrays(plan: ScorePlan, *, autocast: bool) -> float:
@@ -28,8 +37,6 @@ def head_arrays(plan: ScorePlan, *, autocast: bool) -> float:
         plan: temperatures and divergences of the step.
         autocast: run the head in bfloat16, as `trainer.precision: bf16-mixed` does.
     """
-    # Kineto prints to stderr at every start.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with torch.random.fork_rng(devices=[]):
         model, other = _model(), _model()
     batch = _batch()
