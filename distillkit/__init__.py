@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distillkit.divergences.skew import SkewForwardKL, SkewReverseKL
     from distillkit.divergences.todi import ToDi
     from distillkit.divergences.topk import TopK
+    from distillkit.lora import LoraSettings
     from distillkit.maskers.group_level import GroupLevel
     from distillkit.maskers.response_level import ResponseLevel
     from distillkit.maskers.routed import Routed
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from distillkit.samplers.mixed import MixedSampler
     from distillkit.samplers.replay import ReplaySampler
     from distillkit.step import DistillationStep
+    from distillkit.teachers.adapter_off import AdapterOffTeacher
     from distillkit.teachers.cached import CachedTeacher
     from distillkit.teachers.extrapolated import ExtrapolatedTeacher
     from distillkit.teachers.local import LocalTeacher
+    from distillkit.teachers.mixture import MixtureTeacher
     from distillkit.training.budget import TokenBudget
     from distillkit.training.on_policy import OnPolicyDistillation
     from distillkit.training.supervised import SupervisedModule
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterOffTeacher": "distillkit.teachers.adapter_off",
     "AdaptiveKL": "distillkit.betas.adaptive_kl",
     "AnswerReward": "distillkit.rewards.answer",
     "CISPO": "distillkit.objectives.cispo",
@@ -70,8 +74,10 @@ _HOMES = {
     "Linear": "distillkit.betas.linear",
     "LocalDecomposer": "distillkit.rewards.gsrm.local",
     "LocalTeacher": "distillkit.teachers.local",
+    "LoraSettings": "distillkit.lora",
     "MathVerify": "distillkit.rewards.math_verify",
     "MixedSampler": "distillkit.samplers.mixed",
+    "MixtureTeacher": "distillkit.teachers.mixture",
     "OnPolicyDistillation": "distillkit.training.on_policy",
     "PowerDivergence": "distillkit.divergences.power",
     "PromptData": "distillkit.data",
@@ -103,6 +109,7 @@ __all__ = [
     "K3",
     "RLSD",
     "TRRD",
+    "AdapterOffTeacher",
     "AdaptiveKL",
     "AnswerReward",
     "CachedTeacher",
@@ -119,8 +126,10 @@ __all__ = [
     "Linear",
     "LocalDecomposer",
     "LocalTeacher",
+    "LoraSettings",
     "MathVerify",
     "MixedSampler",
+    "MixtureTeacher",
     "OnPolicyDistillation",
     "PowerDivergence",
     "PromptData",

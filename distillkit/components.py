@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillkit.errors import ConfigError, problem
 from distillkit.types import (
@@ -47,6 +47,7 @@ __all__ = [
     "PolicyObjective",
     "RewardFn",
     "RolloutSampler",
+    "StudentBase",
     "StudentInfo",
     "TeacherScorer",
 ]
@@ -59,11 +60,23 @@ Aggregation = Literal["token", "sequence", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentBase:
+    """The weights under the adapters of a student with LoRA, which training leaves as they are.
+
+    `identity` is a digest of them. `model()` is the student with its adapters, a peft model; there is one once every
+    part is set up.
+    """
+
+    identity: str
+    model: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudentInfo:
     """What a part may know of the student at start-up.
 
     `vocab_limit` is the number of token ids that both models share: columns at or beyond it take part in no softmax,
-    and the sampler never emits such ids. `eos_token_ids` end a completion.
+    and the sampler never emits such ids. `eos_token_ids` end a completion. `base` is None without LoRA.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +84,7 @@ class StudentInfo:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     device: torch.device
+    base: StudentBase | None = None
 
 
 class Component(ABC):
@@ -186,6 +200,20 @@ class TeacherScorer(Component):
     def vocab_size(self) -> int | None:
         """V of the teacher's output head, None when it is not known before `setup`."""
         return None
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+        """Return (row index, reason) for training rows it cannot score; one is enough to refuse the run at start-up."""
+        return []
+
+    @property
+    def reads_rows(self) -> bool:
+        """True where scores depend on a rollout's dataset row too, not on its token ids alone."""
+        return False
+
+    @property
+    def any_temperature(self) -> bool:
+        """False where it scores at temperature 1 only, whatever `model.distil_temperature` says."""
+        return True
 
     @abstractmethod
     def identity(self) -> str:

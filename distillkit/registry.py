@@ -52,6 +52,9 @@ BUILT_INS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "teacher": {
             "local": "distillkit.teachers.local.LocalTeacher",
+            "vllm": "distillkit.teachers.vllm.VLLMTeacher",
+            "adapter_off": "distillkit.teachers.adapter_off.AdapterOffTeacher",
+            "mixture": "distillkit.teachers.mixture.MixtureTeacher",
             "cached": "distillkit.teachers.cached.CachedTeacher",
             "extrapolated": "distillkit.teachers.extrapolated.ExtrapolatedTeacher",
         },

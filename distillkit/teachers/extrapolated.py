@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from distillkit.components import StudentInfo, TeacherScorer
 from distillkit.errors import ConfigError, ScoringError, problem
@@ -63,6 +65,17 @@ class ExtrapolatedTeacher(TeacherScorer):
         """The smaller one: an id must have a probability under both."""
         sizes = [size for part in self._used() if (size := part.vocab_size) is not None]
         return min(sizes, default=None)
+
+    @property
+    def any_temperature(self) -> bool:
+        return all(part.any_temperature for part in self._used())
+
+    @property
+    def reads_rows(self) -> bool:
+        return any(part.reads_rows for part in self._used())
+
+    def check_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+        return [found for part in self._used() for found in part.check_rows(rows)]
 
     def setup(self, student: StudentInfo) -> None:
         for part in self._used():

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distillkit.components import StudentInfo, TeacherScorer
-from distillkit.errors import ModelError, ScoringError, problem
-from distillkit.functional.logprobs import entropy, log_softmax, scatter_tokens, token_logprobs
-from distillkit.functional.packing import micro_batches
+from distillkit.errors import ScoringError, problem
 from distillkit.models import (
     Dtype,
     LMHead,
-    chunk_rows,
     fingerprint,
     load_causal_lm,
-    load_tokenizer,
     model_vocab_size,
-    predicting_states,
-    vocab_mismatch,
 )
+from distillkit.teachers._tokenizer import Tolerated, uncounted_end_ids
+from distillkit.teachers.scoring import score_rollouts
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 
 __all__ = ["LocalTeacher"]
-
-Tolerated = Literal["eos", "chat_template"]
 
 
 class LocalTeacher(TeacherScorer):
@@ -75,19 +65,7 @@ class LocalTeacher(TeacherScorer):
         return model_vocab_size(self.path, where="model.teacher.path")
 
     def setup(self, student: StudentInfo) -> None:
-        tokenizer = load_tokenizer(self.path, where="model.teacher.path")
-        found = vocab_mismatch(student.tokenizer, tokenizer)
-        refused = [text for text in found if text.split(":")[0] not in self.tolerate]
-        if refused:
-            hint = "a teacher of the same tokenizer family"
-            if not any(text.startswith("ids") for text in refused):
-                hint = f"model.teacher.tolerate: [{', '.join(text.split(':')[0] for text in refused)}]"
-            where = f"model.teacher.path: the tokenizer of {self.path} does not fit the student's"
-            raise ModelError(
-                problem(where, got="; ".join(refused), expected="the same token ids and markers", hint=hint)
-            )
-        if any(text.startswith("eos") for text in found):
-            self._masked_ids = (*student.eos_token_ids, int(tokenizer.eos_token_id))
+        self._masked_ids = uncounted_end_ids(self.path, student, self.tolerate)
         self._student = student
         model = load_causal_lm(self.path, where="model.teacher.path", dtype=self.dtype)
         self._model = model.eval().requires_grad_(False).to(student.device)
@@ -103,58 +81,13 @@ class LocalTeacher(TeacherScorer):
             raise ScoringError(
                 problem("LocalTeacher.score", got="called before setup", hint="call setup(student) first")
             )
-        model, limit = self._model, self._student.vocab_limit
-        head = LMHead(model)
-        shape, device = rollouts.tokens.shape, rollouts.tokens.device
-        k = min(request.topk, limit)
-        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        sampled = torch.zeros(shape, dtype=wide, device=device) if request.sampled else None
-        spread = torch.zeros(shape, dtype=wide, device=device) if request.entropy else None
-        topk = torch.zeros(*shape, k, dtype=wide, device=device) if k else None
-        topk_ids = torch.zeros(*shape, k, dtype=torch.long, device=device) if k else None
-        hidden: list[Tensor] = [torch.empty(0)] * len(rollouts)
-        rows = chunk_rows(limit, self.head_chunk)
-        for positions in micro_batches(rollouts.lengths.tolist(), self.tokens_per_batch):
-            index = torch.tensor(positions, device=device)
-            part = rollouts.select(index)
-            length, mask = part.tokens.shape[1], part.loss_mask
-            with torch.inference_mode():
-                states = predicting_states(model, part)
-            # Tensors made in inference mode cannot enter autograd; a clone made outside it can.
-            states = states.clone()
-            if request.needs_distribution:
-                for i, own in zip(positions, states.split(mask.sum(dim=1).tolist()), strict=True):
-                    hidden[i] = own
-            if sampled is None and topk is None and spread is None:
-                continue
-            targets = part.tokens[mask]
-            found = [
-                _chunk(head(states[i : i + rows])[:, :limit], targets[i : i + rows], request, k)
-                for i in range(0, len(targets), rows)
-            ]
-            for grid, column in zip((sampled, topk, topk_ids, spread), zip(*found, strict=True), strict=False):
-                if grid is not None:
-                    grid[index, :length] = scatter_tokens(torch.cat([c for c in column if c is not None]), mask)
-        valid = rollouts.loss_mask
-        if self._masked_ids:
-            masked = torch.tensor(self._masked_ids, device=device)
-            valid = valid & ~torch.isin(rollouts.tokens, masked)
-        return TeacherScores(
-            valid=valid,
-            sampled=sampled,
-            topk_ids=topk_ids,
-            topk=topk,
-            entropy=spread,
-            hidden=tuple(hidden) if request.needs_distribution else None,
-            head=head if request.needs_distribution else None,
+        return score_rollouts(
+            self._model,
+            LMHead(self._model),
+            rollouts,
+            request,
+            vocab_limit=self._student.vocab_limit,
+            tokens_per_batch=self.tokens_per_batch,
+            head_chunk=self.head_chunk,
+            unscored_ids=self._masked_ids,
         )
-
-
-@torch.no_grad()
-def _chunk(logits: Tensor, targets: Tensor, request: ScoreRequest, k: int) -> tuple[Tensor | None, ...]:
-    """Sampled log-probs [m], top-k log-probs and ids [m, K], entropies [m] of one chunk of logits [m, V]."""
-    temperature = request.temperature
-    sampled = token_logprobs(logits, targets, temperature) if request.sampled else None
-    best = log_softmax(logits, temperature).topk(k, dim=-1) if k else None
-    spread = entropy(logits, temperature) if request.entropy else None
-    return sampled, None if best is None else best.values, None if best is None else best.indices, spread

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit import embedded
 from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
-from distillkit.data import EvalBatch, PromptBatch, PromptData
+from distillkit.data import PromptBatch, PromptData
 from distillkit.errors import ConfigError, DataError, ModelError, problem
-from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
+from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora, student_base
 from distillkit.models import (
     Dtype,
     StudentScorer,
@@ -29,16 +27,21 @@ from distillkit.models import (
     model_vocab_size,
 )
 from distillkit.schedules import unfinished
-from distillkit.training.backend import check_trainer
 from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.training.evaluating import EvaluatingModule
 from distillkit.training.fruitless import FruitlessSteps
 from distillkit.training.positions import beyond_positions, longest_sequences
-from distillkit.types import StepOutput
+from distillkit.training.strategies import backend_for, check_trainer, shards_weights
+from distillkit.training.strategies.fsdp2 import FSDP2Strategy
+from distillkit.training.strategies.plain_copy import skeleton
+from distillkit.training.strategies.single import LightningBackend
+from distillkit.training.teacher_rows import check_teacher_rows
+from distillkit.types import StepOutput, StudentScores
 
 __all__ = ["StudentModule", "at_least"]
 
 
-class StudentModule(pl.LightningModule):
+class StudentModule(EvaluatingModule):
     """A student with its own steps: `training_step` of a subclass runs one and calls `finish_step`.
 
     Args:
@@ -47,6 +50,7 @@ class StudentModule(pl.LightningModule):
         rewards: judge completions.
         frozen: models that only score; they are never part of the module's parameters or checkpoint.
         dtype: of the student's weights.
+        lora: train adapters beside the weights instead of the weights.
         head_chunk: token positions per head call.
         gradient_checkpointing: recompute activations in the backward pass.
         optimizer: over the trainable parameters.
@@ -74,14 +78,13 @@ class StudentModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         max_skipped_updates: int,
         validate_at_start: bool,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.student = student
-        self.sampler = sampler
-        self.rewards = tuple(rewards)
-        self.frozen = frozen
-        self.dtype_name = dtype
+        self.student, self.sampler = student, sampler
+        self.rewards, self.frozen, self.dtype_name = tuple(rewards), frozen, dtype
+        self.lora, self.strict_loading = lora, lora is None  # with LoRA, a checkpoint has the adapters alone
         self.head_chunk = None if head_chunk is None else at_least("head_chunk", head_chunk, 1)
         self.gradient_checkpointing = gradient_checkpointing
         self.make_optimizer = optimizer
@@ -90,7 +93,6 @@ class StudentModule(pl.LightningModule):
         self.validate_at_start = validate_at_start
         self.rollout_step = 0
         self.last_output: StepOutput | None = None
-        self.last_results: dict[str, list[ProblemResult]] = {}
         self.bad_gold: list[str] = []
         self._cursor = 0
         self._fruitless = FruitlessSteps(self.max_skipped_updates)
@@ -98,7 +100,7 @@ class StudentModule(pl.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._info: StudentInfo | None = None
         self._fingerprint: dict[str, str] | None = None
-        self._metrics: dict[str, EvalMetrics] = {}
+        self._skeleton: list[StudentScorer] = []  # in a list, so that it is no part of the module
 
     @abstractmethod
     def components(self) -> Sequence[Component]:
@@ -127,11 +129,9 @@ class StudentModule(pl.LightningModule):
         return self._tokenizer
 
     @property
-    def student_model(self) -> PreTrainedModel:
-        """The model inside the scorer: what is exported."""
-        model = self.scorer.model
-        assert isinstance(model, PreTrainedModel)
-        return model
+    def student_model(self) -> torch.nn.Module:
+        """The model inside the scorer, adapters included: what is exported."""
+        return self.scorer.model
 
     @property
     def student_info(self) -> StudentInfo:
@@ -159,8 +159,8 @@ class StudentModule(pl.LightningModule):
     def fingerprint(self) -> dict[str, str]:
         """Return digests of the models as the run found them, for `environment.json` and for resuming."""
         if self._fingerprint is None:
-            frozen = {key: part.identity() for key, part in self.frozen.items()}
-            self._fingerprint = {"student": fingerprint(self.student), **frozen}
+            own = {"student": fingerprint(self.student)} | ({"lora": self.lora.fingerprint()} if self.lora else {})
+            self._fingerprint = own | {key: part.identity() for key, part in self.frozen.items()}
         return self._fingerprint
 
     def load_student(self) -> PreTrainedModel:
@@ -180,24 +180,47 @@ class StudentModule(pl.LightningModule):
         if self._info is not None:
             return
         training = stage == "fit"
+        check_trainer(self.trainer)
         if training:
-            check_trainer(self.trainer)
             self._note(unfinished(self.schedules(), self.trainer.max_steps))
         self._check_gold(training)
+        check_teacher_rows(self.frozen if training else {}, self.prompt_data)
         self._info = self._student_info(training)
         for part in self.frozen.values() if training else ():
             part.setup(self._info)
         scorer = getattr(self, "scorer", None)
         model = self.load_student() if scorer is None else scorer.model
+        if scorer is None and self.lora is not None:
+            model = apply_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        torch.nn.Module.to(model, self._info.device)
+        sharded = shards_weights(self.trainer)
+        if not sharded:  # else a rank has no room for all of it on its device
+            torch.nn.Module.to(model, self._info.device)
         model.train()
+        self.student_parameters = sum(p.numel() for p in model.parameters())
         self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
+        self._skeleton = [skeleton(self.scorer)] if sharded else []
         for component in self.components():
             component.setup(self._info)
         self._note(beyond_positions(model.config, longest_sequences(self, training)))
         self.build(training)
+
+    def configure_model(self) -> None:
+        """Shard the student, where the strategy does it by layers."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.shard(self.scorer)
+
+    def forward(self, *args: Any) -> StudentScores:
+        """Score a micro-batch: what a strategy that wraps the module calls."""
+        scores: StudentScores = self.scorer(*args)
+        return scores
+
+    @property
+    def backend(self) -> LightningBackend:
+        """What runs the step's updates under the trainer's strategy."""
+        return backend_for(self, self.scorer, *self._skeleton)
 
     def teardown(self, stage: str) -> None:
         """Stop pools and free the frozen models."""
@@ -229,8 +252,7 @@ class StudentModule(pl.LightningModule):
         """Count the step, move the learning rate, log, and stop a run whose updates are all dropped."""
         self.rollout_step += 1
         self._cursor = batch.next_cursor
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer = self.trainer.optimizers[0]
         metrics = {**output.metrics, "train/learning_rate": optimizer.param_groups[0]["lr"]}
         self._count_step()
         self._step_scheduler(output)
@@ -242,60 +264,10 @@ class StudentModule(pl.LightningModule):
         self.trainer.should_stop |= 0 < self.trainer.max_steps <= self.rollout_step
         self._fruitless.count(output, self.rollout_step)
 
-    def on_validation_epoch_start(self) -> None:
-        """Start empty metrics for every evaluation set, and hand the sampler the weights."""
-        stage = "test" if self.trainer.testing else "val"
-        self.last_results = {}
-        self._metrics = {
-            s.name: EvalMetrics(s.name, k=s.k, ks=s.pass_ks, stage=stage).to(self.student_info.device)
-            for s in self.prompt_data.val
-        }
-        if self.sampler is not None:
-            self.sampler.sync(self.scorer)
-
-    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answer and judge one batch of problems of one evaluation set."""
-        self._metrics[batch.eval_set.name].update(self._answer(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `<stage>/<set>/<metric>` of every set."""
-        values = {name: float(v) for metrics in self._metrics.values() for name, v in metrics.compute().items()}
-        self.log_dict(values, logger=False)
-        if not self.trainer.sanity_checking:
-            for logger in self.loggers:
-                logger.log_metrics(values, step=self.rollout_step)
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
-    def on_predict_epoch_start(self) -> None:
-        """Start without results, and hand the sampler the weights."""
-        self.last_results = {}
-        if self.sampler is not None:
-            self.sampler.sync(self.scorer)
-
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return, per problem, its prompt, gold answer and completions with their rewards."""
-        return [asdict(result) for result in self._answer(batch)]
-
-    def _answer(self, batch: EvalBatch) -> list[ProblemResult]:
-        if self.sampler is None:
-            hint = "model.sampler: hf"
-            raise ConfigError(problem("model.sampler: evaluation needs a sampler", got="null", hint=hint))
-        results = evaluate_batch(
-            batch,
-            sampler=self.sampler,
-            rewards=self.rewards,
-            student_info=self.student_info,
-            seed=self.seed,
-            policy_version=self.rollout_step,
-        )
-        self.last_results.setdefault(batch.eval_set.name, []).extend(results)
-        return results
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run needs beside weights and optimizer."""
+        """Add what a resumed run needs beside weights and optimizer; with LoRA, keep of the weights the adapters."""
+        if self.lora is not None and not shards_weights(self.trainer):
+            checkpoint["state_dict"] = adapter_state(self, checkpoint["state_dict"])
         checkpoint["distillkit"] = {
             "rollout_step": self.rollout_step,
             "cursor": self._cursor,
@@ -312,6 +284,7 @@ class StudentModule(pl.LightningModule):
             hint = "model.student takes model folders"
             raise ConfigError(problem("--ckpt_path: not a distillkit checkpoint", hint=hint))
         state = checkpoint["distillkit"]
+        check_same_lora(self.lora, state["models"].get("lora"))
         self.rollout_step, self._cursor = state["rollout_step"], state["cursor"]
         if self.trainer.state.fn != "fit":
             return
@@ -341,6 +314,9 @@ class StudentModule(pl.LightningModule):
             eos_token_ids=self.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.trainer.strategy.root_device,
+            base=None
+            if shards_weights(self.trainer)
+            else student_base(self.lora, self.student, self.dtype_name, lambda: self.student_model),
         )
 
     def _check_gold(self, training: bool) -> None:

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
 from distillkit.errors import ConfigError, problem
+from distillkit.lora import is_lora, merged_state_dict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -102,7 +104,10 @@ class LastCheckpoint(Callback):
 
 
 class StudentExport(Callback):
-    """Exports the student in Hugging Face format: `student` at the end, `student_best` with each best checkpoint."""
+    """Exports the student in Hugging Face format: `student` at the end, `student_best` with each best checkpoint.
+
+    A student with LoRA is exported with its adapters merged, and the adapters alone as `adapter`, `adapter_best`.
+    """
 
     def __init__(self) -> None:
         self._best: dict[int, str] = {}
@@ -114,8 +119,7 @@ class StudentExport(Callback):
         if is_dry_run(trainer):
             return
         self._export_best(trainer, pl_module)
-        if trainer.is_global_zero:
-            export_student(pl_module.student_model, pl_module.tokenizer, Path(trainer.default_root_dir) / "student")
+        _export(trainer, pl_module, "student")
 
     def _export_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for i, callback in enumerate(trainer.checkpoint_callbacks):
@@ -124,9 +128,7 @@ class StudentExport(Callback):
             best = callback.best_model_path
             if best and self._best.get(i) != best:
                 self._best[i] = best
-                if trainer.is_global_zero:
-                    folder = Path(trainer.default_root_dir) / "student_best"
-                    export_student(pl_module.student_model, pl_module.tokenizer, folder)
+                _export(trainer, pl_module, "student_best")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": {str(i): path for i, path in self._best.items()}}
@@ -135,17 +137,40 @@ class StudentExport(Callback):
         self._best = {int(i): path for i, path in state_dict["best"].items()}
 
 
+def _export(trainer: pl.Trainer, module: Any, name: str) -> None:
+    with module.backend.whole() as student:  # every rank gives its part
+        if trainer.is_global_zero:
+            export_student(student.model, module.tokenizer, Path(trainer.default_root_dir) / name)
+
+
 def is_dry_run(trainer: pl.Trainer) -> bool:
     """Whether this is Lightning's `fast_dev_run`, which leaves nothing behind."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def export_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model (safetensors) and tokenizer to `folder`; an older export there is replaced in one rename."""
+def export_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model (safetensors) and tokenizer to `folder`; an older export there is replaced in one rename.
+
+    A model with LoRA is written as a plain one, adapters merged; `folder` with `adapter` in its name for `student` has
+    the adapters in peft's format.
+    """
+    plain: Any = model.get_base_model() if is_lora(model) else model
+    weights = merged_state_dict(model) if is_lora(model) else None
+
+    def write(at: Path) -> None:
+        plain.save_pretrained(at, state_dict=weights)
+        tokenizer.save_pretrained(at)
+
+    if is_lora(model):
+        beside = folder.with_name(folder.name.replace("student", "adapter"))
+        _replace_folder(beside, lambda at: model.save_pretrained(str(at), save_embedding_layers=False))
+    _replace_folder(folder, write)
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    write(temporary)
     temporary.chmod(0o755)
     if folder.exists():
         old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))

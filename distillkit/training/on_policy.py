@@ -23,11 +23,11 @@ from distillkit.components import (
     TeacherScorer,
 )
 from distillkit.data import PromptBatch
+from distillkit.lora import LoraSettings
 from distillkit.models import Dtype
 from distillkit.refusals import StepParts, check_parts
 from distillkit.rewards import as_reward
 from distillkit.step import DistillationStep
-from distillkit.training.backend import LightningBackend
 from distillkit.training.base import StudentModule, at_least
 from distillkit.types import SampleRequest
 from distillkit.update import StepSettings
@@ -68,6 +68,7 @@ class OnPolicyDistillation(StudentModule):
         importance_cap: truncation of the correction for tokens that another policy sampled; null switches it off.
         skip_zero_weight: do not send rollouts through the student whose every coefficient is 0.
         dtype: of the student's weights.
+        lora: train low-rank adapters beside the student's weights, which stay as they are; null trains the weights.
         gradient_checkpointing: recompute the student's layers in the backward pass.
         optimizer: over the student's trainable parameters.
         lr_scheduler: stepped once per rollout step.
@@ -104,6 +105,7 @@ class OnPolicyDistillation(StudentModule):
         importance_cap: float | None = 2.0,
         skip_zero_weight: bool = True,
         dtype: Dtype = "float32",
+        lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -116,6 +118,7 @@ class OnPolicyDistillation(StudentModule):
             rewards=[as_reward(reward) for reward in rewards or ()],
             frozen={key: part for key, part in (("teacher", teacher), ("reference", reference)) if part is not None},
             dtype=dtype,
+            lora=lora,
             head_chunk=head_chunk,
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
@@ -169,8 +172,7 @@ class OnPolicyDistillation(StudentModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one rollout step: sample, score, learn, log."""
-        backend = LightningBackend(self, self.scorer)
-        output = self.step.run(self._requests(batch), step=self.rollout_step, backend=backend)
+        output = self.step.run(self._requests(batch), step=self.rollout_step, backend=self.backend)
         self.finish_step(output, batch)
 
     def step_state(self) -> dict[str, Any]:

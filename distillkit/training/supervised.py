@@ -20,10 +20,10 @@ from distillkit.components import (
 )
 from distillkit.data import PromptBatch
 from distillkit.errors import ConfigError, problem
+from distillkit.lora import LoraSettings
 from distillkit.models import Dtype
 from distillkit.refusals import check_supervised
 from distillkit.rewards import as_reward
-from distillkit.training.backend import LightningBackend
 from distillkit.training.base import StudentModule, at_least
 from distillkit.training.fresh import check_entries, fresh_causal_lm, fresh_config, fresh_fingerprint
 from distillkit.training.given import SupervisedStep, given_rollouts
@@ -57,6 +57,7 @@ class SupervisedModule(StudentModule):
         max_grad_norm: global gradient norm; null does not clip.
         distil_temperature: of both sides in the divergence.
         dtype: of the student's weights.
+        lora: train low-rank adapters beside the student's weights, which stay as they are; null trains the weights.
         gradient_checkpointing: recompute the student's layers in the backward pass.
         optimizer: over the student's trainable parameters.
         lr_scheduler: stepped once per step.
@@ -87,6 +88,7 @@ class SupervisedModule(StudentModule):
         max_grad_norm: float | None = 1.0,
         distil_temperature: float = 1.0,
         dtype: Dtype = "float32",
+        lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -99,6 +101,7 @@ class SupervisedModule(StudentModule):
             rewards=[as_reward(reward) for reward in rewards or ()],
             frozen={} if teacher is None else {"teacher": teacher},
             dtype=dtype,
+            lora=lora,
             head_chunk=head_chunk,
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
@@ -118,6 +121,9 @@ class SupervisedModule(StudentModule):
         self.init = init
         if init is not None:
             check_entries(init)
+            if lora is not None:
+                where = "model.lora: adapters beside random weights, which would never learn"
+                raise ConfigError(problem(where, got="model.init", expected="one of the two", hint="model.lora: null"))
 
     def components(self) -> list[Component]:
         """Return the parts, the teacher excepted."""
@@ -153,8 +159,7 @@ class SupervisedModule(StudentModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one update on given completions."""
         rollouts = given_rollouts(batch.prompts, offset=batch.offset, student=self.student_info)
-        backend = LightningBackend(self, self.scorer)
-        self.finish_step(self.step.run(rollouts, step=self.rollout_step, backend=backend), batch)
+        self.finish_step(self.step.run(rollouts, step=self.rollout_step, backend=self.backend), batch)
 
     def step_state(self) -> dict[str, Any]:
         """Return the schedule's state and the last metrics."""

@@ -80,7 +80,7 @@ ONE_PROBLEM = [
         "model:\n  student: x\n  teacher:\n    name: cached\n    dir: d\n    teacher: locl\n",
         "recipe.yaml, line 6, model.teacher.teacher: unknown teacher 'locl'\n"
         "    got:      'locl'\n"
-        "    expected: cached, extrapolated, local\n"
+        "    expected: adapter_off, cached, extrapolated, local, mixture, vllm\n"
         "    try:      local\n",
     ),
     (

@@ -1,0 +1,74 @@
+"""The student's own base weights as teacher, without a second copy of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distillkit.components import StudentBase, StudentInfo, TeacherScorer
+from distillkit.errors import ConfigError, ScoringError, problem
+from distillkit.models import LMHead
+from distillkit.teachers.scoring import score_rollouts
+from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
+
+__all__ = ["AdapterOffTeacher"]
+
+
+class AdapterOffTeacher(TeacherScorer):
+    """The student of a LoRA run with its adapters switched off: the model that it was before training.
+
+    Its use is as `model.reference`, to stay near to, or as the base of `extrapolated`. It costs a forward and no
+    memory for weights. Scores are those of `local` with the student's checkpoint and dtype.
+
+    Args:
+        tokens_per_batch: token budget of one forward, padding included.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 256 MiB.
+
+    Raises:
+        ConfigError: at setup, when the student has no adapters.
+
+    Adapters are switched off in the student itself while this scores: nothing else may use it meanwhile. Under a
+    strategy that shards the student it is refused: ranks with different numbers of rollouts would wait for each other.
+    """
+
+    def __init__(self, *, tokens_per_batch: int = 16384, head_chunk: int | None = None) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self.head_chunk = head_chunk
+        self._base: StudentBase | None = None
+        self._limit = 0
+
+    @property
+    def offers(self) -> ScoreRequest:
+        return ScoreRequest(sampled=True, topk=2**31, student_topk=2**31, full=True, entropy=True)
+
+    def setup(self, student: StudentInfo) -> None:
+        if student.base is None:
+            where = "model: adapter_off scores with the student's base weights, which are not at hand"
+            got = "model.lora: null, or a strategy that shards the student"
+            hint = "model.lora: {rank: 16}, or {name: local, path: <model.student>} for a second copy"
+            raise ConfigError(problem(where, got=got, expected="a student with LoRA, whole on every rank", hint=hint))
+        self._base, self._limit = student.base, student.vocab_limit
+
+    def teardown(self) -> None:
+        self._base = None
+
+    def identity(self) -> str:
+        return f"adapter_off:{self._known().identity}"
+
+    def score(self, rollouts: RolloutBatch, request: ScoreRequest) -> TeacherScores:
+        model: Any = self._known().model()
+        with model.disable_adapter():
+            return score_rollouts(
+                model,
+                LMHead(model, adapters=False),
+                rollouts,
+                request,
+                vocab_limit=self._limit,
+                tokens_per_batch=self.tokens_per_batch,
+                head_chunk=self.head_chunk,
+            )
+
+    def _known(self) -> StudentBase:
+        if self._base is None:
+            hint = "call setup(student) first"
+            raise ScoringError(problem("AdapterOffTeacher", got="used before setup", hint=hint))
+        return self._base
