@@ -32,7 +32,8 @@ TIERS = [
         "step",
     },
     {"training", "data", "evaluation", "reporting"},
-    {"runs"},
+    {"runs", "planning"},
+    {"checkup"},
     {"cli", "__main__"},
 ]
 """From the bottom to the top: a module imports from its own tier or from below."""

@@ -24,6 +24,8 @@ usage: distillkit COMMAND [options] [--debug]
   configs     list the recipes that come with distillkit, print one, or copy it
   rollouts    show the rollouts of a run, tokens coloured by the teacher's opinion: distillkit rollouts RUN
   compare     compare runs: configs, results over seeds, how sure a difference is: distillkit compare RUN RUN...
+  plan        memory and time of a recipe on N GPUs: distillkit plan --config FILE --gpus 8 --gpu-memory 80
+  doctor      look at a recipe's models, data and memory before it runs: distillkit doctor --config FILE
   decompose   take reasoning traces apart into steps, as a training set for a structure reward's decomposer
 
   --version   print the version
@@ -146,11 +148,25 @@ def _decompose(arguments: list[str]) -> int:
     return decompose(arguments[1:])
 
 
+def _plan(arguments: list[str]) -> int:
+    from distillkit.cli.plan import main as plan
+
+    return plan(arguments[1:])
+
+
+def _doctor(arguments: list[str]) -> int:
+    from distillkit.cli.doctor import main as doctor
+
+    return doctor(arguments[1:])
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **dict.fromkeys(_TRAINING, _train),
     "components": _components,
     "configs": _configs,
     "rollouts": _rollouts,
     "compare": _compare,
+    "plan": _plan,
+    "doctor": _doctor,
     "decompose": _decompose,
 }

@@ -1,0 +1,124 @@
+"""What one step of a run asks of one rank, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distillkit.planning.model_shape import ModelShape
+
+__all__ = ["Sampling", "Scorer", "Strategy", "Workload"]
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
+SamplerKind = Literal["hf", "vllm", "vllm_server", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A frozen model: `role` says whose; `local` is in the trainer's process, else on servers.
+
+    `bytes_per_weight` of its dtype; `tokens_per_batch` of one forward; `head_chunk` positions per head call, None near
+    256 MiB. `keeps_hidden`: hidden states of all completions are kept for a divergence over the whole vocabulary;
+    `topk` K is kept per token otherwise.
+    """
+
+    role: str
+    shape: ModelShape
+    bytes_per_weight: int
+    local: bool
+    tokens_per_batch: int = 16384
+    head_chunk: int | None = None
+    keeps_hidden: bool = False
+    topk: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How rollouts are drawn: `rows` decoded at once by `hf`; `kv_cache_bytes` of a vLLM engine, None unknown.
+
+    `group` completions per prompt; `prompt_tokens` of the longest prompt; `new_tokens` of the longest completion and
+    `mean_new_tokens` of an average one.
+    """
+
+    kind: SamplerKind
+    group: int
+    prompt_tokens: int
+    new_tokens: int
+    mean_new_tokens: float
+    rows: int = 256
+    kv_cache_bytes: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One step on one rank of `ranks`.
+
+    Attributes:
+        name: of the recipe.
+        student: its sizes.
+        strategy: how the ranks share weights, gradients and optimizer.
+        ranks: that train.
+        device: `cuda` or `cpu`: allocators and optimizers differ.
+        bytes_per_weight: of the student's own dtype.
+        autocast: forwards run in bfloat16 over float32 weights.
+        checkpointing: layers are recomputed in the backward pass.
+        trainable: parameters with a gradient.
+        optimizer_bytes: state per trainable parameter.
+        sampling: of the rollouts.
+        prompts_per_step: over all ranks.
+        tokens_per_micro_batch: budget of one forward and backward, padding included.
+        head_chunk: positions per head call; None near 256 MiB.
+        head_arrays: float32 [positions, V] arrays alive at once in a head chunk.
+        vocab_limit: ids that take part in a softmax.
+        passes: forward and backward passes over the rollouts (`inner_epochs`).
+        updates: optimizer steps.
+        old_pass: an extra forward of the policy that sampled.
+        scorers: teacher, reference and models of rewards.
+    """
+
+    name: str
+    student: ModelShape
+    strategy: Strategy
+    ranks: int
+    device: Literal["cuda", "cpu"]
+    bytes_per_weight: int
+    autocast: bool
+    checkpointing: bool
+    trainable: int
+    optimizer_bytes: float
+    sampling: Sampling
+    prompts_per_step: int
+    tokens_per_micro_batch: int
+    head_chunk: int | None
+    head_arrays: float
+    vocab_limit: int
+    passes: int = 1
+    updates: int = 1
+    old_pass: bool = False
+    scorers: tuple[Scorer, ...] = ()
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of this rank in one step."""
+        return -(-self.prompts_per_step // self.ranks) * self.sampling.group
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion together."""
+        return self.sampling.prompt_tokens + self.sampling.new_tokens
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a rollout of average length, with the longest prompt."""
+        return self.sampling.prompt_tokens + self.sampling.mean_new_tokens
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rollouts of the longest kind in one micro-batch; one that is over the budget still goes alone."""
+        per_update = -(-self.rollouts * self.passes // self.updates)
+        return max(1, min(self.tokens_per_micro_batch // self.longest, per_update))
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one update when every rollout is as long as it may be."""
+        return -(-(self.rollouts * self.passes) // (self.updates * self.micro_batch_rows))
