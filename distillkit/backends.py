@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -52,6 +52,10 @@ class StepBackend(ABC):
     def all_reduce(self, values: Tensor, op: ReduceOp) -> Tensor:
         """Combine a small tensor over ranks; every rank gets the same result."""
 
+    @abstractmethod
+    def whole(self) -> AbstractContextManager[StudentScorer]:
+        """Return a context with the whole student, to sample with or to export; every rank has to enter."""
+
 
 class LocalBackend(StepBackend):
     """One process, one optimizer, plain torch: what a notebook uses.
@@ -92,3 +96,6 @@ class LocalBackend(StepBackend):
 
     def all_reduce(self, values: Tensor, op: ReduceOp) -> Tensor:
         return values
+
+    def whole(self) -> AbstractContextManager[StudentScorer]:
+        return nullcontext(self.scorer)

@@ -150,11 +150,11 @@ class LMHead:
     """From hidden states [M, H] to logits [M, V] float32 through the model's own head.
 
     The head module is called (so bias and adapters count), then the config's logit scale and soft-capping. Calls
-    follow the model's current weights; `adapters` False leaves an adapter on the head out.
+    follow the model's current weights; `layer` stands in for its head.
     """
 
-    def __init__(self, model: nn.Module, *, adapters: bool = True) -> None:
-        self._model, self._adapters = _inner(model), adapters
+    def __init__(self, model: nn.Module, *, layer: nn.Module | None = None) -> None:
+        self._model, self._layer = _inner(model), layer
         config = self._model.config.get_text_config()
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
@@ -162,8 +162,7 @@ class LMHead:
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        head = self._model.get_output_embeddings()
-        head = head if self._adapters else getattr(head, "base_layer", head)
+        head = self._layer or self._model.get_output_embeddings()
         logits: Tensor = head(hidden.to(next(head.parameters()).dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self._scale != 1.0:
@@ -211,13 +210,14 @@ def _check_head(model: PreTrainedModel, where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ScorePlan:
-    """What one forward of the student computes for each token: temperatures, divergences, entropy."""
+    """What one forward of the student computes for each token; `most_tokens` is the most that any rank sends."""
 
     sampling_temperature: float
     distil_temperature: float
     divergence: DivergenceEstimator | None = None
     reference_divergence: DivergenceEstimator | None = None
     entropy: bool = False
+    most_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -285,7 +285,7 @@ class StudentScorer(nn.Module):
         targets = batch.tokens[mask]
         head = LMHead(self.model)
         flat_teacher, flat_reference = _FlatScores.of(teacher, mask), _FlatScores.of(reference, mask)
-        chunks = list(self._chunks(len(targets)))
+        chunks = list(self._chunks(max(len(targets), plan.most_tokens)))
 
         def score(states: Tensor, rows: slice) -> tuple[Tensor | None, ...]:
             sides = [None if side is None else side.rows(rows) for side in (flat_teacher, flat_reference)]
@@ -313,7 +313,7 @@ class StudentScorer(nn.Module):
 
     def _chunks(self, positions: int) -> Iterator[slice]:
         size = chunk_rows(self.vocab_limit, self.head_chunk)
-        # A micro-batch without a trainable token still has to reach the head, or a rank's gradients would be missing.
+        # Every rank calls the head, and equally often: a strategy may gather its weights with each call.
         for start in range(0, max(positions, 1), size):
             yield slice(start, start + size)
 

@@ -104,5 +104,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*IterableDataset.*__len__.*",
         ".*logging on epoch level.*",
+        ".*`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated.*",
+        ".*each worker will save a shard of the checkpoint.*",
     ):
         warnings.filterwarnings("ignore", message=message)

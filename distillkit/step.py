@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +73,7 @@ class DistillationStep:
         context = self.context(step)
         clock, meters = PhaseClock(self.student.device), Meters()
         with clock.phase("step"):
-            rollouts = self.rollout(requests, context, clock)
+            rollouts = self.rollout(requests, context, backend, clock)
             rewards, teacher, reference = self.judge(rollouts, context, clock)
             batch = self.prepare(rollouts, rewards, teacher, reference, context, backend, clock)
             with clock.phase("update"):
@@ -120,17 +121,23 @@ class DistillationStep:
             scheduled=scheduled,
         )
 
-    def rollout(self, requests: Sequence[SampleRequest], context: StepContext, clock: PhaseClock) -> RolloutBatch:
+    def rollout(
+        self, requests: Sequence[SampleRequest], context: StepContext, backend: StepBackend, clock: PhaseClock
+    ) -> RolloutBatch:
         """Sample every request with the student's current weights; groups come back in the order of the requests."""
         wanted = [replace(request, settings=context.sampling) for request in requests]
-        with clock.phase("sync"):
-            self.parts.sampler.sync(self.scorer)
-        with clock.phase("rollout"):
-            groups = {group.request.group_id: group for group in self.parts.sampler.sample(wanted)}
+        sampler = self.parts.sampler
+        with ExitStack() as gathered:
+            with clock.phase("sync"):
+                sampler.sync(gathered.enter_context(backend.whole()))
+                if not sampler.same_engine:
+                    gathered.close()
+            with clock.phase("rollout"):
+                groups = {group.request.group_id: group for group in sampler.sample(wanted)}
         missing = [request.group_id for request in wanted if request.group_id not in groups]
         if missing:
-            sampler = type(self.parts.sampler).__name__
-            raise RolloutError(problem(f"{sampler}.sample: groups are missing", got=f"no group {missing[:5]}"))
+            where = f"{type(sampler).__name__}.sample: groups are missing"
+            raise RolloutError(problem(where, got=f"no group {missing[:5]}"))
         ordered = [groups[request.group_id] for request in wanted]
         rollouts = RolloutBatch.from_groups(ordered, self.student.pad_token_id).to(self.student.device)
         clock.tokens("rollout", int(rollouts.completion_lengths.sum()))

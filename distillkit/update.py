@@ -7,7 +7,7 @@ gradient: every denominator is counted over the whole update and all ranks befor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,8 +19,8 @@ from distillkit.components import Aggregation, DistillThrough, DivergenceEstimat
 from distillkit.engine_gap import EngineGap
 from distillkit.functional.aggregation import denominator, token_coefficients
 from distillkit.functional.objectives import importance_weights
-from distillkit.functional.packing import micro_batches
 from distillkit.meters import Meters
+from distillkit.micro_batches import MicroBatch, minibatches, split
 from distillkit.models import ScorePlan
 from distillkit.per_token import PerTokenRecord
 from distillkit.types import RewardOutput, RolloutBatch, SamplingSettings, StudentScores, TeacherScores, TokenWeights
@@ -139,14 +139,6 @@ class _Correction:
     reference: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _MicroBatch:
-    """Rollouts `index` [n] of the batch; `real` is False for the dummy that keeps a rank in step with the others."""
-
-    index: Tensor
-    real: bool
-
-
 def update(
     batch: PreparedBatch, settings: StepSettings, device: torch.device, backend: StepBackend, meters: Meters
 ) -> UpdateResult:
@@ -161,11 +153,12 @@ def update(
     outcomes: Counter[_Outcome] = Counter()
     tokens = 0
     for epoch in range(settings.inner_epochs):
-        for rows in _minibatches(batch, settings, epoch):
+        seed = batch.context.step * settings.inner_epochs + epoch
+        for rows in minibatches(batch.rollouts, settings.minibatches, seed, backend):
             first = epoch == 0
             coefficients = _coefficients(batch, settings, rows, backend)
             total = torch.zeros((), dtype=torch.float64, device=device)
-            parts = list(_split(batch.rollouts, coefficients.sent, settings, backend))
+            parts = list(split(batch.rollouts, coefficients.sent, settings.tokens_per_micro_batch, backend))
             for i, part in enumerate(parts):
                 loss, scores = _loss(batch, settings, coefficients, part, backend, meters if first else Meters())
                 backend.backward(loss * backend.world_size, last=i == len(parts) - 1)
@@ -194,8 +187,8 @@ def old_policy_scores(
     shape = batch.rollouts.tokens.shape
     logprobs, divergence = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     everything = torch.arange(len(batch.rollouts), device=device)
-    for part in _split(batch.rollouts, everything, settings, backend):
-        scores = _forward(batch, part.index, backend, batch.plan)
+    for part in split(batch.rollouts, everything, settings.tokens_per_micro_batch, backend):
+        scores = _forward(batch, part, backend, batch.plan)
         if not part.real:
             continue
         length = scores.logprobs.shape[1]
@@ -205,19 +198,6 @@ def old_policy_scores(
     return StudentScores(
         loss_mask=batch.rollouts.loss_mask, logprobs=logprobs, distil_logprobs=logprobs, divergence=divergence
     )
-
-
-def _minibatches(batch: PreparedBatch, settings: StepSettings, epoch: int) -> Iterator[Tensor]:
-    n, device = len(batch.rollouts), batch.rollouts.tokens.device
-    if settings.minibatches == 1:
-        yield torch.ones(n, dtype=torch.bool, device=device)
-        return
-    generator = torch.Generator().manual_seed(batch.context.step * settings.inner_epochs + epoch)
-    order = torch.randperm(n, generator=generator)
-    for share in order.tensor_split(settings.minibatches):
-        rows = torch.zeros(n, dtype=torch.bool)
-        rows[share] = True
-        yield rows.to(device)
 
 
 def _coefficients(batch: PreparedBatch, settings: StepSettings, rows: Tensor, backend: StepBackend) -> _Coefficients:
@@ -271,20 +251,8 @@ def _distil_aggregation(settings: StepSettings, objective: PolicyObjective | Non
     return "token" if objective is None else objective.aggregation
 
 
-def _split(
-    rollouts: RolloutBatch, index: Tensor, settings: StepSettings, backend: StepBackend
-) -> Iterator[_MicroBatch]:
-    """Yield micro-batches of whole rollouts, as many as the rank with the most has, and at least one."""
-    lengths = rollouts.lengths
-    plan = micro_batches(lengths[index].tolist(), settings.tokens_per_micro_batch)
-    agreed = int(backend.all_reduce(torch.tensor([len(plan)], device=index.device), "max")[0])
-    for positions in plan:
-        yield _MicroBatch(index=index[torch.tensor(positions, device=index.device)], real=True)
-    for _ in range(max(agreed, 1) - len(plan)):
-        yield _MicroBatch(index=lengths.argmin().reshape(1), real=False)
-
-
-def _forward(batch: PreparedBatch, index: Tensor, backend: StepBackend, plan: ScorePlan) -> StudentScores:
+def _forward(batch: PreparedBatch, part: MicroBatch, backend: StepBackend, plan: ScorePlan) -> StudentScores:
+    index, plan = part.index, replace(plan, most_tokens=part.most_tokens)
     rollouts = batch.rollouts.select(index)
     length = rollouts.tokens.shape[1]
     teacher, reference = (None if s is None else s.select(index, length) for s in (batch.teacher, batch.reference))
@@ -295,7 +263,7 @@ def _loss(
     batch: PreparedBatch,
     settings: StepSettings,
     coefficients: _Coefficients,
-    part: _MicroBatch,
+    part: MicroBatch,
     backend: StepBackend,
     meters: Meters,
 ) -> tuple[Tensor, StudentScores]:
@@ -303,7 +271,7 @@ def _loss(
     index, context = part.index, batch.context
     # A frozen divergence is the old policy's: it is not computed again at every inner epoch.
     frozen = batch.frozen_divergence
-    scores = _forward(batch, index, backend, batch.plan if frozen is None else replace(batch.plan, divergence=None))
+    scores = _forward(batch, part, backend, batch.plan if frozen is None else replace(batch.plan, divergence=None))
     length = scores.logprobs.shape[1]
     cut = (index, slice(None, length))
     teacher = None if batch.teacher is None else batch.teacher.select(index, length)

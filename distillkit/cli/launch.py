@@ -72,7 +72,7 @@ def plan(
         folder = _new(Path(run_dir) if run_dir else None, runs / f"{name}-{command}")
         if ckpt_path != "last":
             return Launch(folder, ckpt_path)
-        trained = [run for run in _runs_of(name, runs) if run.last_ckpt.is_file()]
+        trained = [run for run in _runs_of(name, runs) if run.last_ckpt.exists()]
         if not trained:
             folder.discard()
             raise ConfigError(
@@ -113,7 +113,7 @@ def _continue(name: str, run_dir: Path | None, config: Mapping[str, Any], runs: 
         folder = _new(run_dir, runs / name)
         return Launch(folder, notes=(f"--ckpt_path last: {nothing}; starting anew in {folder.path}",))
     found.lock()
-    if not found.last_ckpt.is_file():
+    if not found.last_ckpt.exists():
         folder = _new(None, run_dir or runs / name)
         note = f"{found.path} was stopped before its first checkpoint; starting over in {folder.path}"
         return Launch(folder, notes=(f"{note} (nothing in {found.path} is changed)",))
@@ -179,7 +179,7 @@ def agree(decide: Callable[[], Launch], *, run_dir: str | None, ckpt_path: str |
         )
     folder = RunFolder(Path(chosen))
     if ckpt_path == "last":
-        ckpt_path = str(folder.last_ckpt) if folder.last_ckpt.is_file() else None
+        ckpt_path = str(folder.last_ckpt) if folder.last_ckpt.exists() else None
     return Launch(folder, ckpt_path)
 
 

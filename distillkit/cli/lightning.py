@@ -274,8 +274,8 @@ class DistillCLI(LightningCLI):
             text = f"stopped by {why}"
             if status is not None and self.command == "fit":
                 last = self.folder.last_ckpt
-                text += f"; {self.folder.path} has " + (f"{last.name}" if last.is_file() else "no checkpoint yet")
-                text += ". The same command with --ckpt_path last goes on." if last.is_file() else "."
+                text += f"; {self.folder.path} has " + (f"{last.name}" if last.exists() else "no checkpoint yet")
+                text += ". The same command with --ckpt_path last goes on." if last.exists() else "."
             raise RunInterrupted(text) from error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 from distillkit.components import StudentBase, StudentInfo, TeacherScorer
 from distillkit.errors import ConfigError, ScoringError, problem
@@ -53,11 +54,10 @@ class AdapterOffTeacher(TeacherScorer):
         return f"adapter_off:{self._known().identity}"
 
     def score(self, rollouts: RolloutBatch, request: ScoreRequest) -> TeacherScores:
-        model: Any = self._known().model()
-        with model.disable_adapter():
+        with self._known().whole() as student, (model := cast(Any, student.model)).disable_adapter():
             return score_rollouts(
                 model,
-                LMHead(model, adapters=False),
+                _base_head(model),
                 rollouts,
                 request,
                 vocab_limit=self._limit,
@@ -70,3 +70,11 @@ class AdapterOffTeacher(TeacherScorer):
             hint = "call setup(student) first"
             raise ScoringError(problem("AdapterOffTeacher", got="used before setup", hint=hint))
         return self._base
+
+
+def _base_head(model: Any) -> LMHead:
+    """The head without its adapter, and with the weights that it has now: those of a gathered student are let go."""
+    head = model.get_base_model().get_output_embeddings()
+    layer = copy.copy(getattr(head, "base_layer", head))
+    vars(layer)["_parameters"] = dict(layer._parameters)
+    return LMHead(model, layer=layer)

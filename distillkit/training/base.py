@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -30,12 +31,15 @@ from distillkit.models import (
     model_vocab_size,
 )
 from distillkit.schedules import unfinished
-from distillkit.training.backend import check_trainer
 from distillkit.training.checkpoints import random_states, restore_random
 from distillkit.training.fruitless import FruitlessSteps
 from distillkit.training.positions import beyond_positions, longest_sequences
+from distillkit.training.strategies import backend_for, check_trainer, shards_weights
+from distillkit.training.strategies.fsdp2 import FSDP2Strategy
+from distillkit.training.strategies.plain_copy import skeleton
+from distillkit.training.strategies.single import LightningBackend
 from distillkit.training.teacher_rows import check_teacher_rows
-from distillkit.types import StepOutput
+from distillkit.types import StepOutput, StudentScores
 
 __all__ = ["StudentModule", "at_least"]
 
@@ -101,6 +105,8 @@ class StudentModule(pl.LightningModule):
         self._info: StudentInfo | None = None
         self._fingerprint: dict[str, str] | None = None
         self._metrics: dict[str, EvalMetrics] = {}
+        self._skeleton: list[StudentScorer] = []  # in a list, so that it is no part of the module
+        self._evaluated = ExitStack()
 
     @abstractmethod
     def components(self) -> Sequence[Component]:
@@ -180,8 +186,8 @@ class StudentModule(pl.LightningModule):
         if self._info is not None:
             return
         training = stage == "fit"
+        check_trainer(self.trainer)
         if training:
-            check_trainer(self.trainer)
             self._note(unfinished(self.schedules(), self.trainer.max_steps))
         self._check_gold(training)
         check_teacher_rows(self.frozen if training else {}, self.prompt_data)
@@ -194,13 +200,32 @@ class StudentModule(pl.LightningModule):
             model = apply_lora(model, self.lora, seed=self.seed)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        torch.nn.Module.to(model, self._info.device)
+        sharded = shards_weights(self.trainer)
+        if not sharded:  # else a rank has no room for all of it on its device
+            torch.nn.Module.to(model, self._info.device)
         model.train()
         self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
+        self._skeleton = [skeleton(self.scorer)] if sharded else []
         for component in self.components():
             component.setup(self._info)
         self._note(beyond_positions(model.config, longest_sequences(self, training)))
         self.build(training)
+
+    def configure_model(self) -> None:
+        """Shard the student, where the strategy does it by layers."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.shard(self.scorer)
+
+    def forward(self, *args: Any) -> StudentScores:
+        """Score a micro-batch: what a strategy that wraps the module calls."""
+        scores: StudentScores = self.scorer(*args)
+        return scores
+
+    @property
+    def backend(self) -> LightningBackend:
+        """What runs the step's updates under the trainer's strategy."""
+        return backend_for(self, self.scorer, *self._skeleton)
 
     def teardown(self, stage: str) -> None:
         """Stop pools and free the frozen models."""
@@ -232,8 +257,7 @@ class StudentModule(pl.LightningModule):
         """Count the step, move the learning rate, log, and stop a run whose updates are all dropped."""
         self.rollout_step += 1
         self._cursor = batch.next_cursor
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer = self.trainer.optimizers[0]
         metrics = {**output.metrics, "train/learning_rate": optimizer.param_groups[0]["lr"]}
         self._count_step()
         self._step_scheduler(output)
@@ -253,8 +277,7 @@ class StudentModule(pl.LightningModule):
             s.name: EvalMetrics(s.name, k=s.k, ks=s.pass_ks, stage=stage).to(self.student_info.device)
             for s in self.prompt_data.val
         }
-        if self.sampler is not None:
-            self.sampler.sync(self.scorer)
+        self._give_sampler_weights()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer and judge one batch of problems of one evaluation set."""
@@ -262,6 +285,7 @@ class StudentModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `<stage>/<set>/<metric>` of every set."""
+        self._evaluated.close()
         values = {name: float(v) for metrics in self._metrics.values() for name, v in metrics.compute().items()}
         self.log_dict(values, logger=False)
         if not self.trainer.sanity_checking:
@@ -275,12 +299,23 @@ class StudentModule(pl.LightningModule):
     def on_predict_epoch_start(self) -> None:
         """Start without results, and hand the sampler the weights."""
         self.last_results = {}
-        if self.sampler is not None:
-            self.sampler.sync(self.scorer)
+        self._give_sampler_weights()
+
+    def on_predict_epoch_end(self) -> None:
+        """Let go of the whole weights."""
+        self._evaluated.close()
 
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return, per problem, its prompt, gold answer and completions with their rewards."""
         return [asdict(result) for result in self._answer(batch)]
+
+    def _give_sampler_weights(self) -> None:
+        if self.sampler is None:
+            return
+        student = self._evaluated.enter_context(self.backend.whole())
+        self.sampler.sync(student)
+        if not self.sampler.same_engine:
+            self._evaluated.close()
 
     def _answer(self, batch: EvalBatch) -> list[ProblemResult]:
         if self.sampler is None:
@@ -347,7 +382,7 @@ class StudentModule(pl.LightningModule):
             eos_token_ids=self.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.trainer.strategy.root_device,
-            base=student_base(self.lora, self.student, self.dtype_name, lambda: self.student_model),
+            base=student_base(self.lora, self.student, self.dtype_name, lambda: self.backend.whole()),
         )
 
     def _check_gold(self, training: bool) -> None:

@@ -119,8 +119,7 @@ class StudentExport(Callback):
         if is_dry_run(trainer):
             return
         self._export_best(trainer, pl_module)
-        if trainer.is_global_zero:
-            export_student(pl_module.student_model, pl_module.tokenizer, Path(trainer.default_root_dir) / "student")
+        _export(trainer, pl_module, "student")
 
     def _export_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for i, callback in enumerate(trainer.checkpoint_callbacks):
@@ -129,15 +128,19 @@ class StudentExport(Callback):
             best = callback.best_model_path
             if best and self._best.get(i) != best:
                 self._best[i] = best
-                if trainer.is_global_zero:
-                    folder = Path(trainer.default_root_dir) / "student_best"
-                    export_student(pl_module.student_model, pl_module.tokenizer, folder)
+                _export(trainer, pl_module, "student_best")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": {str(i): path for i, path in self._best.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best = {int(i): path for i, path in state_dict["best"].items()}
+
+
+def _export(trainer: pl.Trainer, module: Any, name: str) -> None:
+    with module.backend.whole() as student:  # every rank gives its part
+        if trainer.is_global_zero:
+            export_student(student.model, module.tokenizer, Path(trainer.default_root_dir) / name)
 
 
 def is_dry_run(trainer: pl.Trainer) -> bool:

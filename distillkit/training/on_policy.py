@@ -28,7 +28,6 @@ from distillkit.models import Dtype
 from distillkit.refusals import StepParts, check_parts
 from distillkit.rewards import as_reward
 from distillkit.step import DistillationStep
-from distillkit.training.backend import LightningBackend
 from distillkit.training.base import StudentModule, at_least
 from distillkit.types import SampleRequest
 from distillkit.update import StepSettings
@@ -173,8 +172,7 @@ class OnPolicyDistillation(StudentModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one rollout step: sample, score, learn, log."""
-        backend = LightningBackend(self, self.scorer)
-        output = self.step.run(self._requests(batch), step=self.rollout_step, backend=backend)
+        output = self.step.run(self._requests(batch), step=self.rollout_step, backend=self.backend)
         self.finish_step(output, batch)
 
     def step_state(self) -> dict[str, Any]:

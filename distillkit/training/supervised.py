@@ -24,7 +24,6 @@ from distillkit.lora import LoraSettings
 from distillkit.models import Dtype
 from distillkit.refusals import check_supervised
 from distillkit.rewards import as_reward
-from distillkit.training.backend import LightningBackend
 from distillkit.training.base import StudentModule, at_least
 from distillkit.training.fresh import check_entries, fresh_causal_lm, fresh_config, fresh_fingerprint
 from distillkit.training.given import SupervisedStep, given_rollouts
@@ -160,8 +159,7 @@ class SupervisedModule(StudentModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Run one update on given completions."""
         rollouts = given_rollouts(batch.prompts, offset=batch.offset, student=self.student_info)
-        backend = LightningBackend(self, self.scorer)
-        self.finish_step(self.step.run(rollouts, step=self.rollout_step, backend=backend), batch)
+        self.finish_step(self.step.run(rollouts, step=self.rollout_step, backend=self.backend), batch)
 
     def step_state(self) -> dict[str, Any]:
         """Return the schedule's state and the last metrics."""

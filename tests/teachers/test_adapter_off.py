@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ def lora(model: Any, targets: list[str] = TARGETS) -> Any:
 
 
 def of(model: Any, info: StudentInfo | None = None) -> StudentInfo:
-    return replace(info or toy.info(), base=StudentBase(identity="sha256:toy:float32", model=lambda: model))
+    student = StudentScorer(model, vocab_limit=len(toy.VOCABULARY))
+    return replace(
+        info or toy.info(), base=StudentBase(identity="sha256:toy:float32", whole=lambda: nullcontext(student))
+    )
 
 
 @pytest.fixture

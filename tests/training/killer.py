@@ -18,7 +18,7 @@ from distillkit.cli.main import main
 from distillkit.rewards.answer import AnswerReward
 from distillkit.samplers.hf import HFSampler
 from distillkit.teachers.local import LocalTeacher
-from distillkit.training.backend import LightningBackend
+from distillkit.training.strategies.single import LightningBackend
 
 PLACES: dict[str, tuple[Any, str]] = {
     "rollout": (HFSampler, "sample"),

@@ -1,42 +1,18 @@
-"""The step's backend under a Lightning strategy: one process, or DDP."""
+"""One process, or DDP: every rank has the whole student."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from distillkit.backends import ReduceOp, StepBackend
-from distillkit.errors import ConfigError, problem
 from distillkit.models import ScorePlan, StudentScorer
 from distillkit.types import RolloutBatch, StudentScores, TeacherScores
 
-__all__ = ["LightningBackend", "check_trainer"]
-
-
-def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse trainer settings that manual optimization cannot honour, naming ours.
-
-    Raises:
-        ConfigError: `gradient_clip_val`, `accumulate_grad_batches`, float16 precision, or a number of epochs.
-    """
-    if trainer.gradient_clip_val is not None:
-        where = "trainer.gradient_clip_val: distillkit clips the gradient itself"
-        hint = f"model.max_grad_norm: {trainer.gradient_clip_val}"
-        raise ConfigError(problem(where, got=trainer.gradient_clip_val, hint=hint))
-    if trainer.accumulate_grad_batches != 1:
-        where = "trainer.accumulate_grad_batches: an update is split by tokens, not by batches"
-        hint = "model.tokens_per_micro_batch for memory, model.minibatches for updates per step"
-        raise ConfigError(problem(where, got=trainer.accumulate_grad_batches, expected="1", hint=hint))
-    if trainer.precision == "bf16-true":
-        where = "trainer.precision: the student's own dtype is the model's setting"
-        hint = "model.dtype: bfloat16 with trainer.precision: 32-true, or trainer.precision: bf16-mixed"
-        raise ConfigError(problem(where, got=trainer.precision, hint=hint))
-    if trainer.precision in ("16-mixed", "16-true"):
-        where = "trainer.precision: float16 needs a loss scale that on-policy updates do not have"
-        raise ConfigError(problem(where, got=trainer.precision, hint="trainer.precision: bf16-mixed"))
+__all__ = ["LightningBackend"]
 
 
 class LightningBackend(StepBackend):
@@ -86,7 +62,8 @@ class LightningBackend(StepBackend):
         assert isinstance(reduced, Tensor)
         return reduced
 
+    def whole(self) -> AbstractContextManager[StudentScorer]:
+        return nullcontext(self.scorer)
+
     def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.module.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
+        return self.module.trainer.optimizers[0]
