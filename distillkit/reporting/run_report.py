@@ -181,7 +181,7 @@ def _facts(trainer: pl.Trainer, module: Any) -> RunFacts:
         ],
         max_prompt_tokens=max((r.longest_prompt for r in data.reports), default=None),
         student=module.student,
-        student_parameters=sum(p.numel() for p in module.student_model.parameters()),
+        student_parameters=module.student_parameters,
         device=str(module.student_info.device),
         precision=str(trainer.precision),
         max_steps=trainer.max_steps if trainer.max_steps > 0 else None,

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillkit import embedded
 from distillkit.components import BetaScheduler, Component, RewardFn, RolloutSampler, StudentInfo, TeacherScorer
-from distillkit.data import EvalBatch, PromptBatch, PromptData
+from distillkit.data import PromptBatch, PromptData
 from distillkit.errors import ConfigError, DataError, ModelError, problem
-from distillkit.evaluation import EvalMetrics, ProblemResult, evaluate_batch
 from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora, student_base
 from distillkit.models import (
     Dtype,
@@ -32,6 +28,7 @@ from distillkit.models import (
 )
 from distillkit.schedules import unfinished
 from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.training.evaluating import EvaluatingModule
 from distillkit.training.fruitless import FruitlessSteps
 from distillkit.training.positions import beyond_positions, longest_sequences
 from distillkit.training.strategies import backend_for, check_trainer, shards_weights
@@ -44,7 +41,7 @@ from distillkit.types import StepOutput, StudentScores
 __all__ = ["StudentModule", "at_least"]
 
 
-class StudentModule(pl.LightningModule):
+class StudentModule(EvaluatingModule):
     """A student with its own steps: `training_step` of a subclass runs one and calls `finish_step`.
 
     Args:
@@ -96,7 +93,6 @@ class StudentModule(pl.LightningModule):
         self.validate_at_start = validate_at_start
         self.rollout_step = 0
         self.last_output: StepOutput | None = None
-        self.last_results: dict[str, list[ProblemResult]] = {}
         self.bad_gold: list[str] = []
         self._cursor = 0
         self._fruitless = FruitlessSteps(self.max_skipped_updates)
@@ -104,9 +100,7 @@ class StudentModule(pl.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._info: StudentInfo | None = None
         self._fingerprint: dict[str, str] | None = None
-        self._metrics: dict[str, EvalMetrics] = {}
         self._skeleton: list[StudentScorer] = []  # in a list, so that it is no part of the module
-        self._evaluated = ExitStack()
 
     @abstractmethod
     def components(self) -> Sequence[Component]:
@@ -204,6 +198,7 @@ class StudentModule(pl.LightningModule):
         if not sharded:  # else a rank has no room for all of it on its device
             torch.nn.Module.to(model, self._info.device)
         model.train()
+        self.student_parameters = sum(p.numel() for p in model.parameters())
         self.scorer = StudentScorer(model, vocab_limit=self._info.vocab_limit, head_chunk=self.head_chunk)
         self._skeleton = [skeleton(self.scorer)] if sharded else []
         for component in self.components():
@@ -268,69 +263,6 @@ class StudentModule(pl.LightningModule):
         # Lightning validates after the step that asks it to stop, and not after the one that max_steps ends.
         self.trainer.should_stop |= 0 < self.trainer.max_steps <= self.rollout_step
         self._fruitless.count(output, self.rollout_step)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start empty metrics for every evaluation set, and hand the sampler the weights."""
-        stage = "test" if self.trainer.testing else "val"
-        self.last_results = {}
-        self._metrics = {
-            s.name: EvalMetrics(s.name, k=s.k, ks=s.pass_ks, stage=stage).to(self.student_info.device)
-            for s in self.prompt_data.val
-        }
-        self._give_sampler_weights()
-
-    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answer and judge one batch of problems of one evaluation set."""
-        self._metrics[batch.eval_set.name].update(self._answer(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `<stage>/<set>/<metric>` of every set."""
-        self._evaluated.close()
-        values = {name: float(v) for metrics in self._metrics.values() for name, v in metrics.compute().items()}
-        self.log_dict(values, logger=False)
-        if not self.trainer.sanity_checking:
-            for logger in self.loggers:
-                logger.log_metrics(values, step=self.rollout_step)
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
-    def on_predict_epoch_start(self) -> None:
-        """Start without results, and hand the sampler the weights."""
-        self.last_results = {}
-        self._give_sampler_weights()
-
-    def on_predict_epoch_end(self) -> None:
-        """Let go of the whole weights."""
-        self._evaluated.close()
-
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Return, per problem, its prompt, gold answer and completions with their rewards."""
-        return [asdict(result) for result in self._answer(batch)]
-
-    def _give_sampler_weights(self) -> None:
-        if self.sampler is None:
-            return
-        student = self._evaluated.enter_context(self.backend.whole())
-        self.sampler.sync(student)
-        if not self.sampler.same_engine:
-            self._evaluated.close()
-
-    def _answer(self, batch: EvalBatch) -> list[ProblemResult]:
-        if self.sampler is None:
-            hint = "model.sampler: hf"
-            raise ConfigError(problem("model.sampler: evaluation needs a sampler", got="null", hint=hint))
-        results = evaluate_batch(
-            batch,
-            sampler=self.sampler,
-            rewards=self.rewards,
-            student_info=self.student_info,
-            seed=self.seed,
-            policy_version=self.rollout_step,
-        )
-        self.last_results.setdefault(batch.eval_set.name, []).extend(results)
-        return results
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run needs beside weights and optimizer; with LoRA, keep of the weights the adapters."""

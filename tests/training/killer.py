@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import distillkit.step
-import distillkit.training.base
 import distillkit.training.checkpoints
+import distillkit.training.evaluating
 from distillkit.cli.main import main
 from distillkit.rewards.answer import AnswerReward
 from distillkit.samplers.hf import HFSampler
@@ -27,7 +27,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "old_policy": (distillkit.step, "old_policy_scores"),
     "update": (LightningBackend, "backward"),
     "optimizer": (LightningBackend, "optimizer_step"),
-    "validation": (distillkit.training.base, "evaluate_batch"),
+    "validation": (distillkit.training.evaluating, "evaluate_batch"),
     "checkpoint": (distillkit.training.checkpoints.os, "replace"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,7 +33,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+        # DeepSpeed warns of outputs that it does not know, the step's dataclasses; its hooks do not need them here.
+        super().__init__(**{"logging_level": logging.ERROR, **settings})
 
     @property
     def root_device(self) -> torch.device:
