@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillkit.errors import ConfigError, problem
 from distillkit.types import (
@@ -63,12 +64,12 @@ Aggregation = Literal["token", "sequence", "constant"]
 class StudentBase:
     """The weights under the adapters of a student with LoRA, which training leaves as they are.
 
-    `identity` is a digest of them. `model()` is the student with its adapters, a peft model; there is one once every
-    part is set up.
+    `identity` is a digest of them. `whole()` is a context with the student, a peft model in it, gathered where it is
+    sharded: every rank has to enter. It may be called once every part is set up.
     """
 
     identity: str
-    model: Callable[[], nn.Module]
+    whole: Callable[[], AbstractContextManager[StudentScorer]]
 
 
 @dataclass(frozen=True, kw_only=True)

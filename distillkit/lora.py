@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from distillkit.components import StudentBase
 from distillkit.errors import ConfigError, ModelError, did_you_mean, problem
-from distillkit.models import fingerprint
+from distillkit.models import StudentScorer, fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -130,10 +131,10 @@ def check_same_lora(settings: LoraSettings | None, saved: str | None) -> None:
 
 
 def student_base(
-    settings: LoraSettings | None, path: str, dtype: str, model: Callable[[], nn.Module]
+    settings: LoraSettings | None, path: str, dtype: str, whole: Callable[[], AbstractContextManager[StudentScorer]]
 ) -> StudentBase | None:
     """Return what a part may know of the weights under the adapters; None without LoRA."""
-    return None if settings is None else StudentBase(identity=f"{fingerprint(path)}:{dtype}", model=model)
+    return None if settings is None else StudentBase(identity=f"{fingerprint(path)}:{dtype}", whole=whole)
 
 
 def is_lora(model: nn.Module) -> TypeGuard[PeftModel]:

@@ -150,11 +150,11 @@ class LMHead:
     """From hidden states [M, H] to logits [M, V] float32 through the model's own head.
 
     The head module is called (so bias and adapters count), then the config's logit scale and soft-capping. Calls
-    follow the model's current weights; `adapters` False leaves an adapter on the head out.
+    follow the model's current weights; `layer` stands in for its head.
     """
 
-    def __init__(self, model: nn.Module, *, adapters: bool = True) -> None:
-        self._model, self._adapters = _inner(model), adapters
+    def __init__(self, model: nn.Module, *, layer: nn.Module | None = None) -> None:
+        self._model, self._layer = _inner(model), layer
         config = self._model.config.get_text_config()
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
@@ -162,8 +162,7 @@ class LMHead:
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        head = self._model.get_output_embeddings()
-        head = head if self._adapters else getattr(head, "base_layer", head)
+        head = self._layer or self._model.get_output_embeddings()
         logits: Tensor = head(hidden.to(next(head.parameters()).dtype))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self._scale != 1.0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 from distillkit.components import StudentBase, StudentInfo, TeacherScorer
 from distillkit.errors import ConfigError, ScoringError, problem
@@ -26,8 +27,7 @@ class AdapterOffTeacher(TeacherScorer):
     Raises:
         ConfigError: at setup, when the student has no adapters.
 
-    Adapters are switched off in the student itself while this scores: nothing else may use it meanwhile. Under a
-    strategy that shards the student it is refused: ranks with different numbers of rollouts would wait for each other.
+    Adapters are switched off in the student itself while this scores: nothing else may use it meanwhile.
     """
 
     def __init__(self, *, tokens_per_batch: int = 16384, head_chunk: int | None = None) -> None:
@@ -42,10 +42,10 @@ class AdapterOffTeacher(TeacherScorer):
 
     def setup(self, student: StudentInfo) -> None:
         if student.base is None:
-            where = "model: adapter_off scores with the student's base weights, which are not at hand"
-            got = "model.lora: null, or a strategy that shards the student"
+            where = "model: adapter_off scores with the student's base weights, and this student is trained whole"
+            got = "model.lora: null"
             hint = "model.lora: {rank: 16}, or {name: local, path: <model.student>} for a second copy"
-            raise ConfigError(problem(where, got=got, expected="a student with LoRA, whole on every rank", hint=hint))
+            raise ConfigError(problem(where, got=got, expected="a student with LoRA", hint=hint))
         self._base, self._limit = student.base, student.vocab_limit
 
     def teardown(self) -> None:
@@ -55,11 +55,10 @@ class AdapterOffTeacher(TeacherScorer):
         return f"adapter_off:{self._known().identity}"
 
     def score(self, rollouts: RolloutBatch, request: ScoreRequest) -> TeacherScores:
-        model: Any = self._known().model()
-        with model.disable_adapter():
+        with self._known().whole() as student, (model := cast(Any, student.model)).disable_adapter():
             return score_rollouts(
                 model,
-                LMHead(model, adapters=False),
+                _base_head(model),
                 rollouts,
                 request,
                 vocab_limit=self._limit,
@@ -72,3 +71,11 @@ class AdapterOffTeacher(TeacherScorer):
             hint = "call setup(student) first"
             raise ScoringError(problem("AdapterOffTeacher", got="used before setup", hint=hint))
         return self._base
+
+
+def _base_head(model: Any) -> LMHead:
+    """The head without its adapter, and with the weights that it has now: those of a gathered student are let go."""
+    head = model.get_base_model().get_output_embeddings()
+    layer = copy.copy(getattr(head, "base_layer", head))
+    vars(layer)["_parameters"] = dict(layer._parameters)
+    return LMHead(model, layer=layer)

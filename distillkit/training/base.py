@@ -314,9 +314,7 @@ class StudentModule(EvaluatingModule):
             eos_token_ids=self.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.trainer.strategy.root_device,
-            base=None
-            if shards_weights(self.trainer)
-            else student_base(self.lora, self.student, self.dtype_name, lambda: self.student_model),
+            base=student_base(self.lora, self.student, self.dtype_name, lambda: self.backend.whole()),
         )
 
     def _check_gold(self, training: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ def lora(model: Any, targets: list[str] = TARGETS) -> Any:
 
 
 def of(model: Any, info: StudentInfo | None = None) -> StudentInfo:
-    return replace(info or toy.info(), base=StudentBase(identity="sha256:toy:float32", model=lambda: model))
+    student = StudentScorer(model, vocab_limit=len(toy.VOCABULARY))
+    return replace(
+        info or toy.info(), base=StudentBase(identity="sha256:toy:float32", whole=lambda: nullcontext(student))
+    )
 
 
 @pytest.fixture
@@ -115,9 +119,9 @@ def test_a_student_without_adapters_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         AdapterOffTeacher().setup(toy.info())
     assert str(caught.value) == (
-        "model: adapter_off scores with the student's base weights, which are not at hand\n"
-        "    got:      model.lora: null, or a strategy that shards the student\n"
-        "    expected: a student with LoRA, whole on every rank\n"
+        "model: adapter_off scores with the student's base weights, and this student is trained whole\n"
+        "    got:      model.lora: null\n"
+        "    expected: a student with LoRA\n"
         "    try:      model.lora: {rank: 16}, or {name: local, path: <model.student>} for a second copy"
     )
 

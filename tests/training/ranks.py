@@ -21,6 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from distillkit import GRPO, K2, DataSource, LocalTeacher, OnPolicyDistillation, PromptData, ResponseLevel, make_trainer
 from distillkit.components import RewardFn
+from distillkit.divergences.full import ReverseKL
+from distillkit.lora import LoraSettings
+from distillkit.teachers.adapter_off import AdapterOffTeacher
 from distillkit.training.strategies.single import LightningBackend
 from distillkit.training.strategies.zero import ZeroBackend
 from distillkit.types import RewardOutput, RolloutBatch, ScoreRequest, TeacherScores
@@ -39,6 +42,7 @@ class Case:
     updates: int = 1
     gradient_checkpointing: bool = False
     head_chunk: int | None = None
+    lora: LoraSettings | None = None
 
 
 CASES = {
@@ -46,6 +50,8 @@ CASES = {
     "several-micro-batches": Case(max_grad_norm=None),
     "clipped": Case(),
     "untied": Case(tied=False, gradient_checkpointing=True, head_chunk=3),
+    "lora": Case(lora=LoraSettings(rank=4, target_modules=["q_proj", "down_proj"]), max_steps=2),
+    "lora-head": Case(lora=LoraSettings(rank=4, target_modules=["v_proj", "lm_head"]), tied=False, updates=2),
     "several-updates": Case(updates=2, max_steps=2),
     "idle-rank": Case(kinds=("live", "live", "flat", "flat"), max_steps=3),
     "all-idle": Case(kinds=("flat",) * 4, max_steps=2),
@@ -77,6 +83,8 @@ def gradients(backend: LightningBackend) -> dict[str, Tensor]:
     """The whole gradient of every parameter, before the optimizer; every rank has to ask."""
     found: dict[str, Tensor] = {}
     for name, parameter in backend.scorer.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if isinstance(backend, ZeroBackend):
             from deepspeed.utils import safe_get_full_grad
 
@@ -119,6 +127,10 @@ def train(strategy: str, folder: Path, case: Case, first: list[dict[str, Tensor]
         teacher=Overflowing(path=str(folder / "teacher")),
         divergence=K2(),
         beta=0.3,
+        reference=None if case.lora is None else AdapterOffTeacher(),
+        reference_divergence=None if case.lora is None else ReverseKL(),
+        reference_beta=None if case.lora is None else 0.2,
+        lora=case.lora,
         masker=ResponseLevel(),
         objective=GRPO(),
         minibatches=case.updates,
