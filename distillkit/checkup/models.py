@@ -38,7 +38,9 @@ def vocabulary(patient: Patient) -> Finding:
         return Finding(name=name, verdict="fail", text=text, advice="a teacher of the same tokenizer family")
     for role, part in _with_path(patient).items():
         moved = [
-            t for t in vocab_mismatch(tokenizer, load_tokenizer(part.path, where=f"model.{role}.path")) if t.startswith("ids")
+            t
+            for t in vocab_mismatch(tokenizer, load_tokenizer(part.path, where=f"model.{role}.path"))
+            if t.startswith("ids")
         ]
         if moved:
             advice = "a teacher of the same tokenizer family"
