@@ -74,12 +74,13 @@ def _gap(patient: Patient, plan: ScorePlan, batch: RolloutBatch) -> float:
 
 
 def _move(scorer: StudentScorer) -> None:
-    """Change every matrix by a fifth of its spread: far more than an update does."""
+    """Change every matrix that learns by a fifth of its spread (adapters start at 0): far more than an update does."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in scorer.parameters():
-            if value.dim() > 1:
-                value.add_(torch.randn(value.shape, generator=generator).to(value), alpha=0.2 * float(value.std()))
+            if value.requires_grad and value.dim() > 1:
+                size = 0.2 * float(value.std()) or 0.02
+                value.add_(torch.randn(value.shape, generator=generator).to(value), alpha=size)
 
 
 def _restore(scorer: StudentScorer, kept: Mapping[str, Tensor]) -> None:

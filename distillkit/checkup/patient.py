@@ -15,6 +15,7 @@ from distillkit.components import StudentInfo
 from distillkit.data import PromptData
 from distillkit.data.prompts import PreparedPrompt
 from distillkit.errors import ModelError, problem
+from distillkit.lora import apply_lora, student_base
 from distillkit.models import StudentScorer
 from distillkit.training.base import StudentModule
 from distillkit.types import Rollout, RolloutBatch, RolloutGroup, SampleRequest, SamplingSettings
@@ -75,6 +76,7 @@ class Patient:
             eos_token_ids=self.module.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.device,
+            base=student_base(self.module.lora, self.module.student, self.module.dtype_name, lambda: self.scorer.model),
         )
 
     @cached_property
@@ -86,6 +88,8 @@ class Patient:
         """
         self.check_size()
         model = self.module.load_student()
+        if self.module.lora is not None:
+            model = apply_lora(model, self.module.lora, seed=self.seed)
         torch.nn.Module.to(model, self.device)
         model.eval()
         return StudentScorer(model, vocab_limit=self.info.vocab_limit, head_chunk=self.module.head_chunk)

@@ -75,7 +75,8 @@ def make_plan(options: argparse.Namespace, arguments: Sequence[str]) -> Plan:
     if device == "cuda":
         notes.append(f"{_RESERVE[device]:.0%} of the memory is left to the allocator, 1 GiB to CUDA and NCCL")
     if options.completion_tokens is None:
-        notes.append("completions half as long as they may be on average (--completion-tokens); memory for the longest")
+        notes.append("time: completions half as long as they may be (--completion-tokens); memory: all of the longest")
+    notes.append("prompts as long as they may be (--prompt-tokens)")
     plural = "" if options.gpus == 1 else "s" if device == "cuda" else "es"
     where = f"CPU process{plural}" if device == "cpu" else f"GPU{plural} ({options.gpu})"
     return Plan(
@@ -173,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Memory of a rank and time of a step of a recipe, from sizes alone: no weights are read. Settings "
         "of the recipe can be overridden as in distillkit fit.",
         epilog="example: distillkit plan --config papers/rlad/math_8b_base --gpus 8 --gpu-memory 80 "
-        "--trainer.strategy zero3",
+        "--trainer.strategy deepspeed_stage_3",
     )
     add = parser.add_argument
     add("--gpus", type=int, required=True, metavar="N", help="accelerators in all; on a CPU, processes")

@@ -54,7 +54,7 @@ def cache_columns(prompt: int, new: int) -> int:
 
 def cache_bytes(load: Workload, columns: int) -> float:
     """Return the bytes of keys and values of one row; under autocast rotary keys are float32, values bfloat16."""
-    each = 6 if load.autocast else 2 * load.bytes_per_weight
+    each = load.rotary_keys + load.sampling_bytes
     return float(
         sum(each * load.student.key_value * min(columns, window or columns) for window in load.student.windows)
     )

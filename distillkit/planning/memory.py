@@ -64,7 +64,7 @@ def _resident(load: Workload) -> Blocks:
     if load.strategy == "ddp":
         blocks.add_tensors("communication", _trained(load), weight)  # the buckets gradients are reduced in
     for scorer in load.scorers:
-        if scorer.local:
+        if scorer.local and scorer.own_weights:
             blocks.add_tensors(scorer.role, scorer.shape.tensors, scorer.bytes_per_weight)
     if load.sampling.kind == "vllm":
         blocks.add_tensors("engine weights", tensors, weight)
@@ -81,7 +81,7 @@ def _rollout(load: Workload) -> Blocks:
     rows, columns = min(how.rows, load.rollouts), cache_columns(how.prompt_tokens, how.new_tokens)
     together = min(max(1, PREFILL_TOKENS // how.prompt_tokens), -(-load.rollouts // how.group))
     prefilled = together * how.prompt_tokens
-    _copies(load, blocks)
+    _copies(load, blocks)  # of weights that take gradients; a gathered copy's are made anew for every product
     cache = cache_bytes(load, columns)
     layer = cache / student.layers  # a buffer that grows stands beside its successor, one layer at a time
     blocks.add("KV cache", rows * (cache + layer), block=rows * layer / 2)
@@ -89,8 +89,8 @@ def _rollout(load: Workload) -> Blocks:
         "KV cache", prefilled * cache_bytes(load, 1), block=prefilled * cache_bytes(load, 1) / student.layers / 2
     )
     # Logits, scaled logits and probabilities of every row; prompts ran before that.
-    narrow = 2 if load.autocast else load.bytes_per_weight
-    logits = rows * load.vocab_limit * (12 + 2 * load.autocast)
+    narrow = load.sampling_bytes
+    logits = rows * load.vocab_limit * (12 + 2 * (narrow == 2))
     prefill = prefilled * forward_per_token(student, narrow)
     blocks.add("logits", logits, block=4 * rows * load.vocab_limit)
     blocks.add("activations", max(prefill - logits, 0.0), block=prefilled * student.intermediate * narrow)
@@ -117,7 +117,7 @@ def _update(load: Workload) -> list[Blocks]:
     """The moments of forward and backward that may need most: the head, the first layer back, the last one."""
     student, rows = load.student, load.micro_batch_rows
     tokens, scored = rows * load.longest, rows * load.sampling.new_tokens
-    residual = 4 if load.autocast else load.bytes_per_weight
+    residual = 4 if load.autocast else load.compute_bytes
     chunk = 4 * load.vocab_limit * min(chunk_rows(load.vocab_limit, load.head_chunk), scored)
     # The head's gradient is summed over chunks, and then added to that of earlier micro-batches or of the embedding.
     trains_head = load.trainable >= student.parameters
@@ -147,21 +147,21 @@ def _update(load: Workload) -> list[Blocks]:
 
 def _activations(load: Workload, blocks: Blocks, tokens: int, layers: int) -> None:
     """What autograd keeps of `layers` layers: everything, or with checkpointing each layer's input."""
-    hidden, residual = load.student.hidden, 4 if load.autocast else load.bytes_per_weight
+    hidden, residual = load.student.hidden, 4 if load.autocast else load.compute_bytes
     if load.checkpointing:
         blocks.add("activations", layers * tokens * hidden * residual, block=tokens * hidden * residual)
         return
-    for columns, width, arrays in saved_columns(load.student, load.bytes_per_weight, autocast=load.autocast):
+    for columns, width, arrays in saved_columns(load.student, load.compute_bytes, autocast=load.autocast):
         blocks.add("activations", layers * arrays * tokens * columns * width, block=tokens * columns * width)
 
 
 def _layer_back(load: Workload, blocks: Blocks, tokens: int) -> None:
     """The backward pass of one layer: gradients of the MLP's arrays, and the layer itself where it is recomputed."""
-    student, narrow = load.student, 2 if load.autocast else load.bytes_per_weight
+    student, narrow = load.student, 2 if load.autocast else load.compute_bytes
     blocks.add("activations", 3 * tokens * student.intermediate * narrow, block=tokens * student.intermediate * narrow)
     blocks.add("activations", 2 * tokens * student.hidden * narrow, block=tokens * student.hidden * narrow)
     if load.checkpointing:
-        for columns, width, arrays in saved_columns(student, load.bytes_per_weight, autocast=load.autocast):
+        for columns, width, arrays in saved_columns(student, load.compute_bytes, autocast=load.autocast):
             blocks.add("activations", arrays * tokens * columns * width, block=tokens * columns * width)
 
 
@@ -191,7 +191,7 @@ def _gradients(load: Workload, blocks: Blocks) -> None:
 
 def _gathered(load: Workload, blocks: Blocks) -> None:
     """What a sharding strategy holds beside its shard while layers run."""
-    student, weight = load.student, load.bytes_per_weight
+    student, weight = load.student, load.compute_bytes
     if load.strategy == "fsdp2":  # embedding and head stay, a layer runs while the next is fetched
         tables = student.head_parameters * (1 if student.tied else 2)
         blocks.add("gathered weights", (tables + 2 * student.layer_parameters) * weight)

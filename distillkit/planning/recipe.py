@@ -22,10 +22,10 @@ from distillkit.types import ScoreRequest
 __all__ = ["Assumptions", "read_workload", "strategy_of"]
 
 _STRATEGIES: dict[str, Strategy] = {
-    "auto": "single", "single_device": "single", "ddp": "ddp", "ddp_spawn": "ddp", "fsdp2": "fsdp2",
-    "zero2": "zero2", "deepspeed_stage_2": "zero2", "zero3": "zero3", "deepspeed_stage_3": "zero3",
-    "deepspeed": "zero2",
+    "auto": "single", "ddp": "ddp", "fsdp2": "fsdp2",
+    "deepspeed": "zero2", "deepspeed_stage_2": "zero2", "deepspeed_stage_3": "zero3",
 }  # fmt: skip
+_CLASSES = {"SingleDeviceStrategy": "auto", "DDPStrategy": "ddp", "FSDP2Strategy": "fsdp2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,15 @@ def strategy_of(value: object, ranks: int) -> Strategy:
     Raises:
         ConfigError: a strategy whose memory is not known.
     """
-    name = str(value).lower()
+    name = str(value)
+    if (path := getattr(value, "class_path", None)) is not None:
+        kind, given = str(path).rpartition(".")[2], getattr(value, "init_args", {})
+        stage = given.get("stage", 2) if kind in ("ZeroStrategy", "DeepSpeedStrategy") else None
+        name = _CLASSES.get(kind, kind) if stage is None else f"deepspeed_stage_{stage}"
     if name not in _STRATEGIES:
         raise ConfigError(problem("trainer.strategy: no plan for it", got=name, expected=", ".join(_STRATEGIES)))
     strategy = _STRATEGIES[name]
-    if strategy == "single" and ranks > 1:
-        return "ddp"
-    return strategy
+    return "ddp" if strategy == "single" and ranks > 1 else strategy
 
 
 def read_workload(
@@ -95,7 +97,7 @@ def read_workload(
         divergence=parts.divergence if parts is not None else own.divergence,
         reference_divergence=None if parts is None else parts.reference_divergence,
     )
-    autocast = mixed and not sharded and bytes_per_weight == 4
+    autocast = mixed and kind in ("single", "ddp") and bytes_per_weight == 4
     several = settings.inner_epochs * settings.minibatches
     return Workload(
         name=name,
@@ -105,6 +107,7 @@ def read_workload(
         device=given.device,
         bytes_per_weight=bytes_per_weight,
         autocast=autocast,
+        compute_bytes=2 if mixed and not autocast else bytes_per_weight,
         checkpointing=module.gradient_checkpointing,
         trainable=trainable,
         optimizer_bytes=_state_bytes(module.make_optimizer, 4 if sharded or lora else bytes_per_weight),
@@ -144,11 +147,11 @@ def _scorers(module: StudentModule, request: ScoreRequest, given: Assumptions) -
         if role == "reference" and parts is not None and parts.reference_divergence is not None:
             wanted = parts.reference_divergence.needs
         for found in _models(part):
-            yield _scorer(role, found, wanted, given)
+            yield _scorer(role, found, wanted, given, module)
     for reward in module.rewards:
         for model in (getattr(reward, "decomposer", None), getattr(reward, "judge", None)):
             if isinstance(getattr(model, "path", None), str):
-                yield _scorer("reward model", model, ScoreRequest(), given)
+                yield _scorer("reward model", model, ScoreRequest(), given, module)
 
 
 def _models(part: Any) -> Iterator[Any]:
@@ -159,31 +162,29 @@ def _models(part: Any) -> Iterator[Any]:
     ]
     found = [x for group in listed for x in group if x is not None]
     if not found:
-        if type(part).__name__ != "AdapterOffTeacher":  # the student's own weights
-            yield part
-        return
+        yield part
     for one in found:
         yield from _models(one)
 
 
-def _scorer(role: str, part: Any, wanted: ScoreRequest, given: Assumptions) -> Scorer:
-    path = getattr(part, "path", None)
-    local = isinstance(path, str)
-    source = (
-        given.teacher_config if role == "teacher" and given.teacher_config else path or getattr(part, "model", None)
-    )
-    if not isinstance(source, str):
+def _scorer(role: str, part: Any, wanted: ScoreRequest, given: Assumptions, module: StudentModule) -> Scorer:
+    own = type(part).__name__ == "AdapterOffTeacher"
+    path = module.student if own else getattr(part, "path", None) or getattr(part, "model", None)
+    replaced = given.student_config if own else given.teacher_config if role == "teacher" else None
+    if not isinstance(replaced or path, str):
         where = f"model.{role}: {type(part).__name__} does not say which model it runs"
         raise ConfigError(problem(where, expected="its sizes", hint="--teacher-config FOLDER_OR_CONFIG_JSON"))
-    shape = read_shape(source, where=f"model.{role}", option="--teacher-config")
-    dtype = getattr(part, "dtype", "bfloat16")
+    option = "--student-config" if own else "--teacher-config"
+    shape = read_shape(str(replaced or path), where=f"model.{role}", option=option)
+    dtype = module.dtype_name if own else getattr(part, "dtype", "bfloat16")
     if dtype == "auto" and role != "reward model":
         given.notes.append(f"model.{role}.dtype auto: the checkpoint's own, taken as float32")
     return Scorer(
         role=role,
-        shape=replace(shape, name=str(path or getattr(part, "model", None) or source)),
+        shape=replace(shape, name=str(path or replaced)),
         bytes_per_weight=2 if dtype in ("bfloat16", "float16") else 4,
-        local=local,
+        local=isinstance(path, str) and not getattr(part, "urls", None),
+        own_weights=not own,
         tokens_per_batch=int(getattr(part, "tokens_per_batch", 16384)),
         head_chunk=getattr(part, "head_chunk", None),
         keeps_hidden=wanted.needs_distribution,

@@ -92,7 +92,7 @@ def _rollout(load: Workload, machine: Machine) -> PhaseTime:
     # The longest rollout needs all its steps; with more rollouts than rows, finished ones make room.
     steps = max(how.new_tokens, mine * how.mean_new_tokens / rows)
     busy = mine * how.mean_new_tokens / steps  # rows alive on average
-    narrow = 2 if load.autocast else load.bytes_per_weight
+    narrow = load.sampling_bytes
     read = student.active_parameters * narrow + busy * each / 2
     per_step = max(
         read / (machine.bandwidth * machine.bandwidth_share),
@@ -122,13 +122,13 @@ def _update(load: Workload, machine: Machine) -> PhaseTime:
     moved = load.updates * load.trainable * 7 * 4.0 / shared
     stepping = moved / (machine.bandwidth * machine.bandwidth_share)
     weight, others = load.bytes_per_weight, (load.ranks - 1) / load.ranks
-    gradients, weights = load.trainable * weight * others, student.parameters * weight * others
+    gradients, weights = load.trainable * weight * others, student.parameters * load.compute_bytes * others
     batches = load.updates * load.micro_batches
     sent = {
         "single": 0.0,
         "ddp": 2 * gradients * load.updates,
         "zero2": gradients * batches + load.trainable * weight * others * load.updates,
-        "fsdp2": 2 * weights * batches + gradients * load.updates,
+        "fsdp2": 2 * weights * batches + gradients * batches,
         "zero3": 2 * weights * batches + gradients * batches,
     }[load.strategy]
     talking = sent / machine.interconnect

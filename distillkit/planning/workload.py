@@ -15,11 +15,18 @@ SamplerKind = Literal["hf", "vllm", "vllm_server", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A frozen model: `role` says whose; `local` is in the trainer's process, else on servers.
+    """A frozen model.
 
-    `bytes_per_weight` of its dtype; `tokens_per_batch` of one forward; `head_chunk` positions per head call, None near
-    256 MiB. `keeps_hidden`: hidden states of all completions are kept for a divergence over the whole vocabulary;
-    `topk` K is kept per token otherwise.
+    Attributes:
+        role: whose it is: `teacher`, `reference`, or `reward model`.
+        shape: its sizes.
+        bytes_per_weight: of its dtype.
+        local: in the trainer's process, else on servers.
+        tokens_per_batch: of one forward.
+        head_chunk: positions per head call; None near 256 MiB.
+        keeps_hidden: hidden states of all completions are kept, for a divergence over the whole vocabulary.
+        topk: K log-probs and ids are kept per token.
+        own_weights: False for the student's, adapters off.
     """
 
     role: str
@@ -30,6 +37,7 @@ class Scorer:
     head_chunk: int | None = None
     keeps_hidden: bool = False
     topk: int = 0
+    own_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,8 @@ class Workload:
         device: `cuda` or `cpu`: allocators and optimizers differ.
         bytes_per_weight: of the student's own dtype.
         autocast: forwards run in bfloat16 over float32 weights.
+        compute_bytes: per weight and activation of the wrapped student's forward, where it is not autocast that narrows
+            them: FSDP2 gathers bfloat16 weights out of float32 shards.
         checkpointing: layers are recomputed in the backward pass.
         trainable: parameters with a gradient.
         optimizer_bytes: state per trainable parameter.
@@ -83,6 +93,7 @@ class Workload:
     device: Literal["cuda", "cpu"]
     bytes_per_weight: int
     autocast: bool
+    compute_bytes: int
     checkpointing: bool
     trainable: int
     optimizer_bytes: float
@@ -111,6 +122,16 @@ class Workload:
     def mean_tokens(self) -> float:
         """Tokens of a rollout of average length, with the longest prompt."""
         return self.sampling.prompt_tokens + self.sampling.mean_new_tokens
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Bytes per activation while `hf` decodes: over a gathered float32 copy autocast narrows them too."""
+        return 2 if self.autocast else self.compute_bytes
+
+    @property
+    def rotary_keys(self) -> int:
+        """Bytes per element of a cached key: rotary embedding leaves float32 under autocast."""
+        return 4 if self.sampling_bytes == 2 and self.bytes_per_weight == 4 else self.sampling_bytes
 
     @property
     def micro_batch_rows(self) -> int:

@@ -157,6 +157,15 @@ def test_an_engine_that_is_not_the_trainer_is_found(name: str, said: str, doctor
     assert said in found["engine"][1]
 
 
+def test_a_student_with_adapters_is_looked_at_with_them(doctor: Any) -> None:
+    pytest.importorskip("peft", reason="adapters need peft")
+    more = ["--model.reference", "adapter_off", "--model.reference_divergence", "k3", "--model.reference_beta", "0.1"]
+    code, found = doctor(*QUICK, "--model.lora.rank", "4", *more)
+    assert code == 0 and found["reference"][0] == found["engine"][0] == "pass"
+    code, found = doctor(*QUICK, "--model.lora.rank", "4", f"--model.sampler.class_path={BROKEN}.StaleSampler")
+    assert code == 1 and failed(found) == {"engine"}
+
+
 def test_too_little_memory_is_found_before_any_model_is_loaded(monkeypatch: pytest.MonkeyPatch, doctor: Any) -> None:
     monkeypatch.setattr(memory_check, "free_memory", lambda device: 2**20)
     code, found = doctor(*QUICK)

@@ -53,7 +53,7 @@ def test_every_shipped_recipe_has_a_plan_without_a_network(recipe: str, plan: An
 
 
 def test_the_text_has_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *BIG, "--trainer.strategy", "zero3"]) == 0
+    assert main(["plan", *BIG, "--trainer.strategy", "deepspeed_stage_3"]) == 0
     out = capsys.readouterr().out
     for said in (
         "papers-rlad-math_8b_base: 8 GPUs (h100) of 80 GiB, zero3, bf16-mixed",
@@ -75,7 +75,7 @@ def test_strategies_share_what_they_say_they_share(plan: Any) -> None:
         return {name: size / 2**30 for name, size in found["memory_bytes"][phase].items()}
 
     whole = 8.190735360e9 * 4 / 2**30
-    ddp, fsdp2, zero2, zero3 = (parts(name) for name in ("ddp", "fsdp2", "zero2", "zero3"))
+    ddp, fsdp2, zero2, zero3 = (parts(name) for name in ("ddp", "fsdp2", "deepspeed", "deepspeed_stage_3"))
     assert [ddp[k] for k in ("weights", "gradients", "communication")] == pytest.approx([whole] * 3)
     assert ddp["optimizer"] == pytest.approx(2 * whole)
     assert [fsdp2[k] for k in ("weights", "gradients")] == pytest.approx([whole / 8] * 2)
@@ -86,6 +86,36 @@ def test_strategies_share_what_they_say_they_share(plan: Any) -> None:
     assert zero3["weights"] == pytest.approx(whole / 16)
     assert parts("fsdp2", "rollout")["gathered weights"] == pytest.approx(whole)
     assert parts("deepspeed_stage_3", "rollout")["gathered weights"] == pytest.approx(whole / 2)
+
+
+def test_a_teacher_on_servers_takes_gpus_and_no_memory_of_the_ranks(plan: Any) -> None:
+    urls = [
+        "--model.teacher",
+        "vllm",
+        "--model.teacher.path",
+        "Qwen/Qwen3-32B",
+        "--model.teacher.urls",
+        '["http://n:1"]',
+    ]
+    found = plan(*BIG, *urls, "--trainer.strategy", "fsdp2", "--teacher-gpus", "4")
+    assert found["ranks"] == 4 and "teacher" not in found["memory_bytes"]["update"]
+    assert found["servers"] == ["teacher on 4 GPUs: 2 × tensor parallel 2, 30.5 GiB of weights on each"]
+    assert plan(*BIG, *urls, "--trainer.strategy", "fsdp2")["ranks"] == 6, "one server where nothing is said"
+    local = plan(*BIG, "--trainer.strategy", "fsdp2")
+    assert found["seconds"]["teacher"] == pytest.approx(2 * local["seconds"]["teacher"])
+    assert main(["plan", *BIG[:2], "--gpus", "2", "--gpu-memory", "80", *urls]) == 2
+
+
+def test_adapters_take_no_optimizer_for_the_rest_and_their_base_no_second_copy(plan: Any) -> None:
+    words = [*BIG, "--model.teacher", "null", "--model.objective", "grpo", "--trainer.strategy", "ddp"]
+    whole, adapters = plan(*words), plan(*words, "--model.lora.rank", "16")
+    parts = adapters["memory_bytes"]["optimizer"]
+    assert parts["weights"] == whole["memory_bytes"]["optimizer"]["weights"]
+    trained = 36 * 16 * ((4096 + 4096) + (4096 + 1024))  # q_proj and v_proj
+    assert parts["optimizer"] == pytest.approx(8 * trained) and parts["gradients"] == pytest.approx(4 * trained)
+    more = ["--model.reference", "adapter_off", "--model.reference_divergence", "k3", "--model.reference_beta", "0.1"]
+    based = plan(*words, "--model.lora.rank", "16", *more)
+    assert "reference" not in based["memory_bytes"]["update"] and based["seconds"]["reference"] > 0
 
 
 def test_settings_move_memory_as_they_should(plan: Any) -> None:
