@@ -148,18 +148,54 @@ def test_groups_may_be_scored_from_several_threads(path: str) -> None:
 
 
 def test_the_server_with_fewer_unanswered_requests_gets_the_next(path: str) -> None:
-    batch, done = rollout_batch(), threading.Event()
+    batch, done = rollout_batch({"1+1=": ["2"]}), threading.Event()
     slow, quick = FakeVLLM(tiny_model(5)), FakeVLLM(tiny_model(5))
-
-    def last(fake: FakeVLLM, handler: Any, entries: dict[str, Any]) -> bool:
-        if len(fake.asked) == len(batch) - 2:  # all that the slow one does not have
+    with ready(path, slow, quick) as part, ThreadPoolExecutor(1) as threads:
+        slow.always = waits(done)
+        try:
+            pending = threads.submit(lambda: [part.score(batch, SAMPLED) for _ in range(2)])  # one each, in turn
+            while not slow.asked:
+                assert not pending.done()
+            before = len(quick.asked)
+            for _ in range(6):
+                part.score(batch, SAMPLED)
+            assert (len(slow.asked), len(quick.asked) - before) == (1, 6)
+        finally:
             done.set()
+
+
+def test_a_server_has_no_more_unanswered_requests_than_it_may(path: str) -> None:
+    batch, fake, dead = rollout_batch(), FakeVLLM(tiny_model(5)), FakeVLLM(tiny_model(5))
+    lock, now, most = threading.Lock(), 0, 0
+
+    def counted(fake: FakeVLLM, handler: Any, entries: dict[str, Any]) -> bool:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        threading.Event().wait(0.02)
+        with lock:
+            now -= 1
         return False
 
-    with ready(path, slow, quick, concurrency=2) as part:
-        slow.always, quick.always = waits(done), last
-        same(part.score(batch, SAMPLED), local(path, batch, SAMPLED))
-    assert (len(slow.asked), len(quick.asked)) == (2, len(batch) - 2)
+    with ready(path, fake, dead, concurrency=3) as part, ThreadPoolExecutor(3) as threads:
+        dead.kill()
+        fake.always = counted
+        list(threads.map(lambda _: part.score(batch, SAMPLED), range(3)))
+    assert 1 < most <= 3
+
+
+def test_a_request_that_nobody_waits_for_any_more_ends(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    fake, unwanted = FakeVLLM(tiny_model(5)), threading.Event()
+    with ready(path, fake, max_wait_s=3600.0) as part, ThreadPoolExecutor(1) as threads:
+        assert part._pool is not None
+        fake.kill()
+        pending = threads.submit(part._ask, part._pool, [5, 6, 7], [1, 2], 0, unwanted)
+        while not any("no server answers" in record.message for record in caplog.records):
+            threading.Event().wait(0.01)
+        unwanted.set()
+        with pytest.raises(ScoringError, match="scoring was ended"):
+            pending.result(timeout=60)
 
 
 @pytest.mark.parametrize(
