@@ -76,7 +76,12 @@ class Patient:
             eos_token_ids=self.module.student_end_tokens(),
             pad_token_id=int(tokenizer.pad_token_id),
             device=self.device,
-            base=student_base(self.module.lora, self.module.student, self.module.dtype_name, lambda: self.scorer.model),
+            base=student_base(
+                self.module.lora,
+                self.module.student,
+                self.module.dtype_name,
+                lambda: contextlib.nullcontext(self.scorer),
+            ),
         )
 
     @cached_property

@@ -25,7 +25,7 @@ ZERO_BUCKET = 200_000_000
 ZERO3_LIVE = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered at most, as Lightning sets it."""
 
-_SHARDED = ("fsdp2", "zero2", "zero3")
+_SHARDED = ("fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")
 
 
 def peak(load: Workload) -> float:
@@ -56,10 +56,10 @@ def _resident(load: Workload) -> Blocks:
     blocks = Blocks()
     weight, ranks, tensors = load.bytes_per_weight, load.ranks, load.student.tensors
     blocks.add("runtime", RUNTIME[load.device])
-    blocks.add_tensors("weights", tensors, weight / (ranks if load.strategy in ("fsdp2", "zero3") else 1))
+    blocks.add_tensors("weights", tensors, weight / (ranks if load.strategy in ("fsdp2", "deepspeed_stage_3") else 1))
     shared = ranks if load.strategy in _SHARDED else 1
     blocks.add_tensors("optimizer", _trained(load), load.optimizer_bytes / shared, pieces=2)
-    if load.strategy in ("zero2", "zero3"):
+    if load.strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
         blocks.add("optimizer", 4 * load.trainable / ranks)  # DeepSpeed's float32 copy of what the rank updates
     if load.strategy == "ddp":
         blocks.add_tensors("communication", _trained(load), weight)  # the buckets gradients are reduced in
@@ -74,7 +74,7 @@ def _resident(load: Workload) -> Blocks:
 
 def _rollout(load: Workload) -> Blocks:
     student, how, blocks = load.student, load.sampling, Blocks()
-    if load.strategy in ("fsdp2", "zero3"):
+    if load.strategy in ("fsdp2", "deepspeed_stage_3"):
         blocks.add_tensors("gathered weights", student.tensors, load.bytes_per_weight)
     if how.kind != "hf":
         return blocks
@@ -185,7 +185,7 @@ def _gradients(load: Workload, blocks: Blocks) -> None:
     blocks.add_tensors("gradients", _trained(load), weight / shared)
     if load.strategy == "fsdp2":
         blocks.add("communication", load.student.layer_parameters * weight)
-    elif load.strategy in ("zero2", "zero3"):
+    elif load.strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
         blocks.add("communication", 2 * min(ZERO_BUCKET, load.trainable) * weight)
 
 
@@ -195,7 +195,7 @@ def _gathered(load: Workload, blocks: Blocks) -> None:
     if load.strategy == "fsdp2":  # embedding and head stay, a layer runs while the next is fetched
         tables = student.head_parameters * (1 if student.tied else 2)
         blocks.add("gathered weights", (tables + 2 * student.layer_parameters) * weight)
-    elif load.strategy == "zero3":
+    elif load.strategy == "deepspeed_stage_3":
         blocks.add("gathered weights", min(student.parameters, ZERO3_LIVE) * weight)
 
 

@@ -23,7 +23,7 @@ __all__ = ["Assumptions", "read_workload", "strategy_of"]
 
 _STRATEGIES: dict[str, Strategy] = {
     "auto": "single", "ddp": "ddp", "fsdp2": "fsdp2",
-    "deepspeed": "zero2", "deepspeed_stage_2": "zero2", "deepspeed_stage_3": "zero3",
+    "deepspeed": "deepspeed_stage_2", "deepspeed_stage_2": "deepspeed_stage_2", "deepspeed_stage_3": "deepspeed_stage_3",
 }  # fmt: skip
 _CLASSES = {"SingleDeviceStrategy": "auto", "DDPStrategy": "ddp", "FSDP2Strategy": "fsdp2"}
 
@@ -78,7 +78,7 @@ def read_workload(
     student = _student_shape(module, given)
     kind = strategy_of(strategy, given.ranks)
     mixed = str(precision) == "bf16-mixed"
-    sharded = kind in ("zero2", "zero3")
+    sharded = kind in ("deepspeed_stage_2", "deepspeed_stage_3")
     bytes_per_weight = 2 if module.dtype_name in ("bfloat16", "float16") or (mixed and sharded) else 4
     if module.dtype_name == "auto":
         given.notes.append("model.dtype auto: taken as float32")

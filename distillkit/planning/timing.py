@@ -118,7 +118,7 @@ def _update(load: Workload, machine: Machine) -> PhaseTime:
     flops = load.passes * times * _forward_flops(student, load)
     computing = flops / (machine.flops * machine.mfu)
     # Reading weight, gradient and two moments, writing weight and moments; the rank's share of them.
-    shared = load.ranks if load.strategy in ("fsdp2", "zero2", "zero3") else 1
+    shared = load.ranks if load.strategy in ("fsdp2", "deepspeed_stage_2", "deepspeed_stage_3") else 1
     moved = load.updates * load.trainable * 7 * 4.0 / shared
     stepping = moved / (machine.bandwidth * machine.bandwidth_share)
     weight, others = load.bytes_per_weight, (load.ranks - 1) / load.ranks
@@ -127,9 +127,9 @@ def _update(load: Workload, machine: Machine) -> PhaseTime:
     sent = {
         "single": 0.0,
         "ddp": 2 * gradients * load.updates,
-        "zero2": gradients * batches + load.trainable * weight * others * load.updates,
+        "deepspeed_stage_2": gradients * batches + load.trainable * weight * others * load.updates,
         "fsdp2": 2 * weights * batches + gradients * batches,
-        "zero3": 2 * weights * batches + gradients * batches,
+        "deepspeed_stage_3": 2 * weights * batches + gradients * batches,
     }[load.strategy]
     talking = sent / machine.interconnect
     what = f"{flops / 1e12:,.0f} TFLOP {computing:,.1f} s, optimizer {stepping:.2f} s, exchange {talking:,.1f} s"
@@ -138,7 +138,7 @@ def _update(load: Workload, machine: Machine) -> PhaseTime:
 
 def _sync(load: Workload, machine: Machine) -> PhaseTime:
     whole = load.student.parameters * load.bytes_per_weight
-    gather = whole / machine.interconnect if load.strategy in ("fsdp2", "zero3") else 0.0
+    gather = whole / machine.interconnect if load.strategy in ("fsdp2", "deepspeed_stage_3") else 0.0
     size = f"{whole / 2**30:,.1f} GiB"
     copy, what = 0.0, "same weights"
     if load.sampling.kind == "vllm":

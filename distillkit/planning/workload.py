@@ -9,7 +9,7 @@ from distillkit.planning.model_shape import ModelShape
 
 __all__ = ["Sampling", "Scorer", "Strategy", "Workload"]
 
-Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"]
 SamplerKind = Literal["hf", "vllm", "vllm_server", "none"]
 
 

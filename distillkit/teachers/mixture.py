@@ -86,6 +86,10 @@ class MixtureTeacher(TeacherScorer):
         return all(part.any_temperature for part in self.teachers.values())
 
     @property
+    def elsewhere(self) -> bool:
+        return all(part.elsewhere for part in self.teachers.values())
+
+    @property
     def reads_rows(self) -> bool:
         return self.route is not None or any(part.reads_rows for part in self.teachers.values())
 

@@ -56,7 +56,7 @@ def test_the_text_has_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *BIG, "--trainer.strategy", "deepspeed_stage_3"]) == 0
     out = capsys.readouterr().out
     for said in (
-        "papers-rlad-math_8b_base: 8 GPUs (h100) of 80 GiB, zero3, bf16-mixed",
+        "papers-rlad-math_8b_base: 8 GPUs (h100) of 80 GiB, deepspeed_stage_3, bf16-mixed",
         "Qwen/Qwen3-8B-Base: 8.19 B parameters, 36 layers",
         "Qwen/Qwen3-32B: 32.76 B parameters, on every rank",
         "memory of a rank, GiB",
