@@ -22,9 +22,13 @@ from distillkit.types import ScoreRequest
 __all__ = ["Assumptions", "read_workload", "strategy_of"]
 
 _STRATEGIES: dict[str, Strategy] = {
-    "auto": "single", "ddp": "ddp", "fsdp2": "fsdp2",
-    "deepspeed": "deepspeed_stage_2", "deepspeed_stage_2": "deepspeed_stage_2", "deepspeed_stage_3": "deepspeed_stage_3",
-}  # fmt: skip
+    "auto": "single",
+    "ddp": "ddp",
+    "fsdp2": "fsdp2",
+    "deepspeed": "deepspeed_stage_2",
+    "deepspeed_stage_2": "deepspeed_stage_2",
+    "deepspeed_stage_3": "deepspeed_stage_3",
+}
 _CLASSES = {"SingleDeviceStrategy": "auto", "DDPStrategy": "ddp", "FSDP2Strategy": "fsdp2"}
 
 
