@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -38,8 +39,8 @@ def fit(folder: Path, *more: str) -> str:
     return done.stdout
 
 
-def on_two_ranks(strategy: str) -> tuple[str, ...]:
-    return "--trainer.strategy", strategy, "--trainer.devices", "2"
+def on_ranks(strategy: str, ranks: int) -> tuple[str, ...]:
+    return "--trainer.strategy", strategy, "--trainer.devices", str(ranks)
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
@@ -61,7 +62,7 @@ def test_the_quickstart_is_the_same_run_and_goes_on_after_a_kill(strategy: str, 
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     unbroken.mkdir()
     killed.mkdir()
-    fit(unbroken, *on_two_ranks(strategy))
+    fit(unbroken, *on_ranks(strategy, 2))
     ours = unbroken / "runs" / "quickstart"
     exported = [load_file(folder / "student" / "model.safetensors") for folder in (ours, one)]
     assert sorted(exported[0]) == sorted(exported[1])
@@ -73,12 +74,24 @@ def test_the_quickstart_is_the_same_run_and_goes_on_after_a_kill(strategy: str, 
             assert row[name] == single[name], name
 
     done = run(
-        killed, "-m", "tests.training.killer", "optimizer", str(STEPS), *ARGUMENTS, *on_two_ranks(strategy)
+        killed, "-m", "tests.training.killer", "optimizer", str(STEPS), *ARGUMENTS, *on_ranks(strategy, 2)
     )  # dies in the last step
     assert done.returncode == -9, done.stdout[-3000:] + done.stderr[-3000:]
-    said = fit(killed, *on_two_ranks(strategy), "--ckpt_path", "last")
+    if strategy in ("fsdp2", "deepspeed_stage_2"):
+        shutil.copytree(killed, tmp_path / "one_rank", symlinks=True)
+    said = fit(killed, *on_ranks(strategy, 2), "--ckpt_path", "last")
     assert "continuing runs/quickstart" in said
     resumed = killed / "runs" / "quickstart"
     assert metrics(resumed) == metrics(ours)
     again = load_file(resumed / "student" / "model.safetensors")
     assert all((again[name] == tensor).all() for name, tensor in exported[0].items())
+
+    if strategy == "fsdp2":  # its checkpoints are for any number of ranks
+        fit(tmp_path / "one_rank", *on_ranks(strategy, 1), "--ckpt_path", "last")
+        alone = metrics(tmp_path / "one_rank" / "runs" / "quickstart")
+        assert [row["train/reward"] for row in alone] == [row["train/reward"] for row in metrics(ours)]
+    if strategy == "deepspeed_stage_2":
+        command = [*ARGUMENTS, *on_ranks(strategy, 1), "--ckpt_path", "last"]
+        refused = run(tmp_path / "one_rank", "-m", "distillkit", *command)
+        assert refused.returncode == 2 and "world size of 2 but the current world size is 1" in refused.stderr
+        assert "try:      the trainer.devices and trainer.num_nodes that the run had" in refused.stderr

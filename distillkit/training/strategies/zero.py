@@ -14,6 +14,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from distillkit.errors import ConfigError, problem
 from distillkit.models import ScorePlan, StudentScorer
 from distillkit.training.strategies.plain_copy import detached, filled
 from distillkit.training.strategies.sharded_checkpoint import remove_sharded, replaced_folder
@@ -65,8 +66,15 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().save_checkpoint(checkpoint, folder, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with _tensors_only(self.deepspeed_engine):
-            return super().load_checkpoint(checkpoint_path, weights_only)
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+        try:
+            with _tensors_only(self.deepspeed_engine):
+                return super().load_checkpoint(checkpoint_path, weights_only)
+        except ZeRORuntimeException as error:
+            where = "--ckpt_path: a ZeRO checkpoint is for as many ranks as wrote it"
+            hint = "the trainer.devices and trainer.num_nodes that the run had; fsdp2 checkpoints are for any number"
+            raise ConfigError(problem(where, got=error, hint=hint)) from error
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
@@ -114,7 +122,7 @@ class ZeroBackend(LightningBackend):
         # The engine clips in its step, by the same formula as torch: max_norm ÷ (norm + 1e-6), at most 1.
         optimizer = self._engine.optimizer
         optimizer.clip_grad = 0.0 if max_norm is None else max_norm
-        norm = torch.as_tensor(_global_norm(optimizer))
+        norm = torch.as_tensor(_global_norm(optimizer)).float()
         return torch.where(norm < 0, torch.full_like(norm, float("inf")), norm)  # -1 stands for not finite
 
     def whole(self) -> AbstractContextManager[StudentScorer]:
