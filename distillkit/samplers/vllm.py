@@ -79,6 +79,15 @@ class VLLMSampler(RolloutSampler):
         self._engine: InProcessEngine | None = None
         self._limit = 0
 
+    @property
+    def beside_training(self) -> bool:
+        """Not where the engine sleeps, for the update has its memory then."""
+        return not self.sleep
+
+    def break_off(self) -> None:
+        if self._engine is not None:
+            self._engine.break_off()
+
     def setup(self, student: StudentInfo) -> None:
         """Keep what is needed to know about the student's tokens; the engine starts with the first weights.
 

@@ -7,12 +7,14 @@ import gc
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 
+from distillkit.errors import RolloutError, problem
 from distillkit.samplers.vllm_requests import EngineCompletion
 from distillkit.samplers.vllm_weights import Piece, StudentWeights, assemble
 from distillkit.samplers.vllm_worker import load_weights
@@ -38,6 +40,7 @@ class InProcessEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else some lines at every sync
         self._asleep = False
+        self._unwanted = threading.Event()
         self._can_sleep = bool(arguments.get("enable_sleep_mode"))
         self._joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         with _undisturbed(), tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
@@ -76,6 +79,9 @@ class InProcessEngine:
         Args:
             prompts: token ids.
             settings: arguments of `vllm.SamplingParams`, one mapping a prompt.
+
+        Raises:
+            RolloutError: `break_off` was called.
         """
         self._wake()
         engine = self._llm.llm_engine
@@ -85,6 +91,8 @@ class InProcessEngine:
             engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
         try:
             while engine.has_unfinished_requests():
+                if self._unwanted.is_set():
+                    raise RolloutError(problem("model.sampler: not sampled", got="sampling was ended"))
                 for output in engine.step():
                     if output.finished:
                         yield int(output.request_id), [_completion(o) for o in output.outputs]
@@ -94,6 +102,10 @@ class InProcessEngine:
             if self._can_sleep:
                 self._llm.sleep(level=1)  # level 2 would lose the weights that an adapter's sync does not send again
                 self._asleep = True
+
+    def break_off(self) -> None:
+        """End a `generate` that another thread runs, and every later one."""
+        self._unwanted.set()
 
     def close(self) -> None:
         """Free the engine's memory; a process group of the trainer's stays."""
