@@ -81,7 +81,7 @@ class InProcessEngine:
             settings: arguments of `vllm.SamplingParams`, one mapping a prompt.
 
         Raises:
-            RolloutError: `break_off` was called.
+            RolloutError: the engine failed, or `break_off` was called.
         """
         self._wake()
         engine = self._llm.llm_engine
@@ -93,7 +93,7 @@ class InProcessEngine:
             while engine.has_unfinished_requests():
                 if self._unwanted.is_set():
                     raise RolloutError(problem("model.sampler: not sampled", got="sampling was ended"))
-                for output in engine.step():
+                for output in self._step(engine):
                     if output.finished:
                         yield int(output.request_id), [_completion(o) for o in output.outputs]
         finally:
@@ -102,6 +102,15 @@ class InProcessEngine:
             if self._can_sleep:
                 self._llm.sleep(level=1)  # level 2 would lose the weights that an adapter's sync does not send again
                 self._asleep = True
+
+    def _step(self, engine: Any) -> Any:
+        try:
+            return engine.step()
+        except Exception as error:
+            where = "model.sampler: the vLLM engine failed while it sampled"
+            got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            hint = "out of memory? a smaller model.sampler.kv_cache_gib, or fewer data.prompts_per_step"
+            raise RolloutError(problem(where, got=got, hint=hint)) from error
 
     def break_off(self) -> None:
         """End a `generate` that another thread runs, and every later one."""
