@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -125,15 +126,13 @@ def test_the_teacher_is_asked_before_the_last_rollout_is_finished(
         teacher.teardown()
 
 
-def test_a_run_is_the_same_with_early_scores(server: VLLMServer, tmp_path: Path) -> None:
-    """Through the command line, both engines real: what the run wrote is what a local teacher says."""
+def test_the_pages_run_has_the_scores_of_a_local_teacher(server: VLLMServer, tmp_path: Path) -> None:
+    """The command of docs/scaling.md, with a teacher on a server."""
     run = tmp_path / "run"
     report = {"rollouts_every": 1, "rollouts_limit": None}
     options = {
-        "model.sampler": "vllm_server",
         "model.sampler.enforce_eager": "true",
         "model.sampler.kv_cache_gib": "0.25",
-        "model.one_step_off": "true",
         "model.teacher": "vllm",
         "model.teacher.urls": f"[{server.url}]",
         "model.teacher.path": "embedded:teacher",
@@ -144,7 +143,9 @@ def test_a_run_is_the_same_with_early_scores(server: VLLMServer, tmp_path: Path)
         "data.val.0.source.limit": "20",
         "run_dir": str(run),
     }
-    command = [sys.executable, "-m", "distillkit", "fit", "--config", "quickstart"]
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().partition("## Sampling ahead")[2]
+    shown = next(line for line in page.splitlines() if line.startswith("distillkit fit"))
+    command = [sys.executable, "-m", *shlex.split(shown)]
     command += [part for name, value in options.items() for part in (f"--{name}", value)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
