@@ -167,6 +167,14 @@ class RolloutSampler(Component):
         """The sampler that answers evaluation sets: this one, unless others' completions are mixed into its own."""
         return self
 
+    @property
+    def beside_training(self) -> bool:
+        """Whether `sample` may run in a thread of its own while the student is trained (`model.one_step_off`)."""
+        return not self.same_engine
+
+    def break_off(self) -> None:
+        """Make a `sample` that another thread runs end soon, by an error; there is no further one before `setup`."""
+
     @abstractmethod
     def sync(self, student: StudentScorer) -> None:
         """Take over the student's weights. Called before every step's `sample`."""

@@ -36,20 +36,21 @@ class EarlyScores:
         self._asked[group.request.group_id, request] = self._threads.submit(self._scorer.score, rollouts, request)
 
     def collect(self, rollouts: RolloutBatch, request: ScoreRequest) -> TeacherScores | None:
-        """Wait for the scores of the whole batch; None when not all of it was asked for. Others are kept.
+        """Wait for the scores of the whole batch; None when not all of it was asked for. Other groups' are kept.
 
         Raises:
             Exception: what the scorer raised.
         """
         groups = list(dict.fromkeys(rollouts.group_id.tolist()))
-        if any((group, request) not in self._asked for group in groups):
+        own = [key for key in tuple(self._asked) if key[0] in set(groups)]
+        asked = {key: self._asked.pop(key) for key in own}
+        if any((group, request) not in asked for group in groups):
             return None
-        parts = [self._asked.pop((group, request)).result() for group in groups]
-        return joined(parts, rollouts.tokens.shape[1])
+        return joined([asked[group, request].result() for group in groups], rollouts.tokens.shape[1])
 
     def close(self) -> None:
-        """Forget what was asked for."""
-        self._threads.shutdown(cancel_futures=True)
+        """Forget what was asked for, without waiting for the scorer: its `teardown` ends what it is at."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def joined(parts: Sequence[TeacherScores], length: int) -> TeacherScores:

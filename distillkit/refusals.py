@@ -160,10 +160,10 @@ def _sampling(parts: StepParts) -> Iterator[str]:
 
 
 def _overlap(parts: StepParts) -> Iterator[str]:
-    if parts.sampler.same_engine:
-        where = "model.one_step_off: this sampler runs the weights that the update changes"
+    if not parts.sampler.beside_training:
+        where = "model.one_step_off: this sampler cannot sample while the student is trained"
         got, hint = type(parts.sampler).__name__, "model.sampler: vllm_server, or model.one_step_off: false"
-        yield problem(where, got=got, expected="a sampler with weights of its own", hint=hint)
+        yield problem(where, got=got, expected="a sampler with weights of its own, awake", hint=hint)
 
 
 def _given_tokens(parts: StepParts) -> Iterator[str]:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from distillkit.backends import StepBackend
 from distillkit.clock import PhaseClock
 from distillkit.components import StudentInfo
 from distillkit.early import EarlyScores
+from distillkit.engine_gap import EngineProbe
 from distillkit.errors import ContractError, RolloutError, problem
 from distillkit.meters import Meters, reward_meters, rollout_meters, staleness_meter
 from distillkit.models import ScorePlan, StudentScorer
@@ -94,6 +96,9 @@ class DistillationStep:
             rollouts = self.rollout(requests, context, backend, clock, following)
             rewards, teacher, reference = self.judge(rollouts, context, clock)
             batch = self.prepare(rollouts, rewards, teacher, reference, context, backend, clock)
+            if self.ahead.probe is not None:
+                probe, self.ahead.probe = self.ahead.probe, None
+                probe.check(step, self.parts.sampler.max_engine_gap, self.student, backend, meters)
             with clock.phase("update"):
                 result = update(batch, self.settings, self.student.device, backend, meters)
         sampled = int(rollouts.completion_lengths.sum())
@@ -141,6 +146,14 @@ class DistillationStep:
             scheduled=scheduled,
         )
 
+    def _upcoming(self, step: int) -> StepContext:
+        """The context of a step to come, as far as it is known: no schedule moves on."""
+        states = {key: copy.deepcopy(schedule.state_dict()) for key, schedule in self._schedules().items()}
+        context = self.context(step)
+        for key, schedule in self._schedules().items():
+            schedule.load_state_dict(states[key])
+        return context
+
     def rollout(
         self,
         requests: Sequence[SampleRequest],
@@ -163,9 +176,9 @@ class DistillationStep:
                 with clock.phase("rollout"):
                     groups = sampled(sampler, wanted, asking)
         if following:
-            upcoming = self.context(context.step + 1)
+            upcoming = self._upcoming(context.step + 1)
             settings = [replace(request, settings=upcoming.sampling) for request in following]
-            self.ahead.start(sampler, settings, self._asking(upcoming))
+            self.ahead.start(sampler, settings, self._asking(upcoming), EngineProbe(settings[0]))
         missing = [request.group_id for request in wanted if request.group_id not in groups]
         if missing:
             where = f"{type(sampler).__name__}.sample: groups are missing"
@@ -232,12 +245,10 @@ class DistillationStep:
         )
         frozen = self.settings.distill_through != "loss" and plan.divergence is not None
         several = self.settings.inner_epochs * self.settings.minibatches > 1
-        # Stale rollouts differ from the trainer by the update in between, so a gap says nothing of the engine.
-        stale = self.settings.one_step_off and context.step > 0
-        limit = None if stale else self.parts.sampler.max_engine_gap
         batch = PreparedBatch(
             rollouts=rollouts, rewards=rewards, teacher=teacher, reference=reference, weights=weights, context=context,
-            plan=plan, same_engine=self.parts.sampler.same_engine, max_engine_gap=limit,
+            plan=plan, same_engine=self.parts.sampler.same_engine, stale=self.ahead.stale,
+            max_engine_gap=None if self.ahead.stale else self.parts.sampler.max_engine_gap,
         )  # fmt: skip
         if several or (frozen and self.settings.distill_through == "reward"):
             with clock.phase("old_policy"):

@@ -86,7 +86,8 @@ class PreparedBatch:
 
     `old_logprobs` is None when the first forward of the only update gives them; `frozen_divergence` is the divergence
     of the old policy, where the distillation goes through an advantage or a reward and a pass was needed to know it.
-    Without `same_engine`, `max_engine_gap` stops a run whose sampler and trainer disagree by more nats/token.
+    Without `same_engine`, the distance between sampler and trainer is recorded, as `train/staleness_gap` where weights
+    sampled that are `stale`, else as `train/engine_gap`; `max_engine_gap` stops a run where it is more nats/token.
     """
 
     rollouts: RolloutBatch
@@ -98,6 +99,7 @@ class PreparedBatch:
     plan: ScorePlan
     same_engine: bool
     max_engine_gap: float | None = None
+    stale: bool = False
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
     scored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     old_logprobs: Tensor | None = None
@@ -150,7 +152,8 @@ def update(
     tokens of rollouts that are learned from, whether or not the others are sent through the student.
     """
     record = PerTokenRecord(batch)
-    gap = None if batch.same_engine else EngineGap(batch.rollouts, batch.max_engine_gap)
+    metric = "train/staleness_gap" if batch.stale else "train/engine_gap"
+    gap = None if batch.same_engine else EngineGap(batch.rollouts, batch.max_engine_gap, metric)
     outcomes: Counter[_Outcome] = Counter()
     tokens = 0
     for epoch in range(settings.inner_epochs):

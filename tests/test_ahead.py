@@ -65,11 +65,16 @@ def test_early_scores_equal_those_of_the_whole_batch(tmp_path: str) -> None:
     early = EarlyScores(teacher, toy.info())
     for group in groups:
         early.ask(group, request)
-    assert early.collect(rollouts, ScoreRequest(sampled=True)) is None
     ours, whole = early.collect(rollouts, request), teacher.score(rollouts, request)
     assert ours is not None and ours.sampled is not None and whole.sampled is not None
     assert torch.equal(ours.valid, whole.valid)
     torch.testing.assert_close(ours.sampled, whole.sampled)
     assert ours.topk is not None and whole.topk is not None and ours.topk.shape == whole.topk.shape
     torch.testing.assert_close(ours.topk, whole.topk)
+    early.ask(groups[0], request)
+    assert early.collect(rollouts, request) is None, "one group was not asked for"
+    for group in groups:
+        early.ask(group, request)
+    assert early.collect(rollouts, ScoreRequest(sampled=True)) is None, "other scores were asked for"
+    assert not early._asked, "and nobody will collect these"
     early.close()

@@ -69,6 +69,14 @@ class MixedSampler(RolloutSampler):
         """The student's own sampler."""
         return self.sampler.evaluator
 
+    @property
+    def beside_training(self) -> bool:
+        """As the student's own sampler."""
+        return self.sampler.beside_training
+
+    def break_off(self) -> None:
+        self.sampler.break_off()
+
     def setup(self, student: StudentInfo) -> None:
         self._info = student
         self.sampler.setup(student)

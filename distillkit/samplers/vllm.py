@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VLLMSampler"]
 
+_SETTINGS = "model.sampler.kv_cache_gib, max_model_len and engine decide its memory; or model.sampler: hf"
+
 
 class VLLMSampler(RolloutSampler):
     """Samples with vLLM in the trainer's process: continuous batching, paged cache, prompts of a group read once.
@@ -78,6 +80,15 @@ class VLLMSampler(RolloutSampler):
         self._info: StudentInfo | None = None
         self._engine: InProcessEngine | None = None
         self._limit = 0
+
+    @property
+    def beside_training(self) -> bool:
+        """Not where the engine sleeps, for the update has its memory then."""
+        return not self.sleep
+
+    def break_off(self) -> None:
+        if self._engine is not None:
+            self._engine.break_off()
 
     def setup(self, student: StudentInfo) -> None:
         """Keep what is needed to know about the student's tokens; the engine starts with the first weights.
@@ -150,4 +161,4 @@ class VLLMSampler(RolloutSampler):
         except Exception as error:
             where = f"model.sampler: vLLM cannot run {type(model).__name__} with these settings"
             reason = str(error).strip() or type(error).__name__
-            raise ModelError(problem(where, got=reason, hint="model.sampler.engine, or model.sampler: hf")) from error
+            raise ModelError(problem(where, got=reason, hint=_SETTINGS)) from error

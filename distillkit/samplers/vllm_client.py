@@ -26,6 +26,10 @@ class Refused(Exception):
     """The server answered that it will not do this (4xx), or a control call failed; the text is the server's."""
 
 
+_Answers = queue.Queue[tuple[int, Any] | BaseException]
+_UNWANTED = Refused("sampling was ended")
+
+
 class ServerClient:
     """A server by its address.
 
@@ -45,6 +49,8 @@ class ServerClient:
         self._retry_s = retry_s
         self._ended = ended
         self._timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
+        self._waiting: set[_Answers] = set()
+        self._unwanted = False
 
     def healthy(self) -> bool:
         """Whether the server says so now."""
@@ -87,7 +93,10 @@ class ServerClient:
         Raises:
             Refused, Unreachable: one failed.
         """
-        answers: queue.Queue[tuple[int, Any] | BaseException] = queue.Queue()
+        answers: _Answers = queue.Queue()
+        self._waiting.add(answers)
+        if self._unwanted:
+            answers.put(_UNWANTED)
         worker = _Worker(lambda: self._all(path, bodies, answers.put), answers.put)
         try:
             for _ in bodies:
@@ -96,7 +105,14 @@ class ServerClient:
                     raise answer
                 yield answer
         finally:
+            self._waiting.discard(answers)
             worker.stop()
+
+    def break_off(self) -> None:
+        """Let `each` raise `Refused` in every thread that runs it, now and from now on."""
+        self._unwanted = True
+        for answers in tuple(self._waiting):
+            answers.put(_UNWANTED)
 
     async def _all(
         self, path: str, bodies: Sequence[Mapping[str, Any]], done: Callable[[tuple[int, Any]], None]

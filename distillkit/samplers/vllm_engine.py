@@ -7,12 +7,14 @@ import gc
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 
+from distillkit.errors import RolloutError, problem
 from distillkit.samplers.vllm_requests import EngineCompletion
 from distillkit.samplers.vllm_weights import Piece, StudentWeights, assemble
 from distillkit.samplers.vllm_worker import load_weights
@@ -38,6 +40,7 @@ class InProcessEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else some lines at every sync
         self._asleep = False
+        self._unwanted = threading.Event()
         self._can_sleep = bool(arguments.get("enable_sleep_mode"))
         self._joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         with _undisturbed(), tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
@@ -76,6 +79,9 @@ class InProcessEngine:
         Args:
             prompts: token ids.
             settings: arguments of `vllm.SamplingParams`, one mapping a prompt.
+
+        Raises:
+            RolloutError: the engine failed, or `break_off` was called.
         """
         self._wake()
         engine = self._llm.llm_engine
@@ -85,7 +91,9 @@ class InProcessEngine:
             engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                if self._unwanted.is_set():
+                    raise RolloutError(problem("model.sampler: not sampled", got="sampling was ended"))
+                for output in self._step(engine):
                     if output.finished:
                         yield int(output.request_id), [_completion(o) for o in output.outputs]
         finally:
@@ -94,6 +102,19 @@ class InProcessEngine:
             if self._can_sleep:
                 self._llm.sleep(level=1)  # level 2 would lose the weights that an adapter's sync does not send again
                 self._asleep = True
+
+    def _step(self, engine: Any) -> Any:
+        try:
+            return engine.step()
+        except Exception as error:
+            where = "model.sampler: the vLLM engine failed while it sampled"
+            got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            hint = "out of memory? a smaller model.sampler.kv_cache_gib, or fewer data.prompts_per_step"
+            raise RolloutError(problem(where, got=got, hint=hint)) from error
+
+    def break_off(self) -> None:
+        """End a `generate` that another thread runs, and every later one."""
+        self._unwanted.set()
 
     def close(self) -> None:
         """Free the engine's memory; a process group of the trainer's stays."""

@@ -121,6 +121,11 @@ class RemoteEngine:
             hint = "`--ckpt_path last` continues the run when the server is back"
             raise _failed("the vLLM server gives no rollouts", client.url, error, hint) from error
 
+    def break_off(self) -> None:
+        """End a `generate` that another thread runs, and every later one."""
+        if self._client is not None:
+            self._client.break_off()
+
     def close(self) -> None:
         """End the server, if it was started here."""
         if self._server is not None:

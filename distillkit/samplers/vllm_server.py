@@ -115,6 +115,10 @@ class VLLMServerSampler(RolloutSampler):
         self._info: StudentInfo | None = None
         self._remote: RemoteEngine | None = None
 
+    def break_off(self) -> None:
+        if self._remote is not None:
+            self._remote.break_off()
+
     def setup(self, student: StudentInfo) -> None:
         """Keep what is needed to know about the student's tokens; the server is met with the first weights."""
         self._info = student

@@ -128,7 +128,13 @@ class VLLMTeacher(TeacherScorer):
         self._masked_ids = uncounted_end_ids(self.path, student, self.tolerate)
         self._limit, size = student.vocab_limit, self.vocab_size
         self._beyond = size - self._limit
-        checks = ServerChecks(wanted=self.model, vocab_size=size, limit=self._limit, max_logprobs=self.max_logprobs)
+        checks = ServerChecks(
+            wanted=self.model,
+            vocab_size=size,
+            limit=self._limit,
+            max_logprobs=self.max_logprobs,
+            tokenizer=student.tokenizer,
+        )
         places = [f"model.teacher.urls[{i}]" for i in range(len(self.urls))]
         pool = ServerPool(
             [Server(url=server_address(url, place), where=place) for url, place in zip(self.urls, places, strict=True)],

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from distillkit.errors import ConfigError, ModelError, ScoringError, problem
 from distillkit.teachers.vllm_answer import PATH, read_scores, scoring_entries
 from distillkit.teachers.vllm_client import Server, ServerPool
@@ -16,6 +18,7 @@ __all__ = ["ServerChecks"]
 _MODELS = "/v1/models"
 _PROBE_TOKENS = 32
 _FEW = 64
+_TEXT = "Let x = 3*(4+5) - 7.\nThen x > 19, Straße, 你好: {a_b}"
 _PADDING_MASS = 1e-3
 """Probability of ids beyond the vocabulary limit above which they are not padding."""
 _SAME_SCORES = 0.2
@@ -30,9 +33,19 @@ class ServerChecks:
         vocab_size: V of the teacher's head.
         limit: ids below it are shared with the student.
         max_logprobs: the most that will be asked for.
+        tokenizer: the student's, whose ids are the teacher's.
     """
 
-    def __init__(self, *, wanted: str | None, vocab_size: int, limit: int, max_logprobs: int) -> None:
+    def __init__(
+        self,
+        *,
+        wanted: str | None,
+        vocab_size: int,
+        limit: int,
+        max_logprobs: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._tokenizer = tokenizer
         self._wanted = wanted
         self._vocab_size, self._limit = vocab_size, limit
         self._max_logprobs = min(max_logprobs, vocab_size)
@@ -43,7 +56,7 @@ class ServerChecks:
 
         Raises:
             ConfigError: a wrong address, another model, or fewer log-probs than `max_logprobs`.
-            ModelError: the vocabulary is another one, or the teacher uses ids that the student does not have.
+            ModelError: another tokenizer or vocabulary, or the teacher uses ids that the student does not have.
             ScoringError: an answer that is none, or another answer to the same question.
         """
         for server in pool.servers:
@@ -56,6 +69,7 @@ class ServerChecks:
                 raise ConfigError(
                     problem(where, got=got, expected="a vLLM server that answers", hint=hint)
                 ) from failure
+            self._check_tokenizer(pool, server)
             found, again = self._ask(pool, server), self._ask(pool, server)
             if (gap := _gap(found, again)) > _SAME_SCORES:
                 raise _differ(f"{server.where}: {server.url} scores the same tokens differently each time", gap)
@@ -103,6 +117,19 @@ class ServerChecks:
             raise ConfigError(problem(where, got=repr(name), expected=known, hint="null takes the one that is served"))
         length = models[name].get("max_model_len")
         server.model, server.max_model_len = name, length if isinstance(length, int) else None
+
+    def _check_tokenizer(self, pool: ServerPool, server: Server) -> None:
+        """Compare the ids of a text, where the server tokenizes: scores of another tokenizer's ids mean nothing."""
+        own = list(self._tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+        try:
+            found = pool.send(server, "/tokenize", {"prompt": _TEXT, "add_special_tokens": False})["tokens"]
+        except (Failure, KeyError, TypeError):  # it only scores
+            return
+        if found != own:
+            where = f"{server.where}: the model behind it has another tokenizer than model.teacher.path"
+            got = f"{server.url}: {_TEXT[:12]!r}… is {str(found)[:120]}"
+            hint = "serve the model of model.teacher.path"
+            raise ModelError(problem(where, got=got, expected=str(own)[:120], hint=hint))
 
     def _ask(self, pool: ServerPool, server: Server) -> list[float]:
         try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from distillkit.models import (
 )
 from distillkit.schedules import unfinished
 from distillkit.training.checkpoints import random_states, restore_random
+from distillkit.training.ending import EndWithError
 from distillkit.training.evaluating import EvaluatingModule
 from distillkit.training.fruitless import FruitlessSteps
 from distillkit.training.positions import beyond_positions, longest_sequences
@@ -221,6 +223,10 @@ class StudentModule(EvaluatingModule):
     def backend(self) -> LightningBackend:
         """What runs the step's updates under the trainer's strategy."""
         return backend_for(self, self.scorer, *self._skeleton)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Tear down after an exception too."""
+        return [EndWithError()]
 
     def teardown(self, stage: str) -> None:
         """Stop pools and free the frozen models."""

@@ -204,7 +204,8 @@ class OnPolicyDistillation(StudentModule):
         if self.trainer.world_size > 1:
             every = [{} for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(every, state["ahead"])
-        return {**state, "ahead": {group: rollouts for own in every for group, rollouts in own.items()}}
+        whole = all(every)  # else no rank's: some would sample anew and some would not
+        return {**state, "ahead": {i: own for part in every for i, own in part.items()} if whole else {}}
 
     def load_step_state(self, state: Mapping[str, Any]) -> None:
         """Restore `step_state`."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e vllm")
 
 from distillkit.components import StudentInfo
-from distillkit.errors import ConfigError, RolloutError
+from distillkit.errors import ConfigError, ModelError, RolloutError
 from distillkit.models import StudentScorer
 from distillkit.samplers.vllm import VLLMSampler
 from distillkit.types import RolloutGroup, SampleRequest
@@ -141,6 +142,54 @@ def test_a_prompt_that_leaves_too_few_positions_is_refused(
     long = replace(requests(info)[0], prompt_ids=tuple(range(4, 24)) * 12)
     with pytest.raises(RolloutError, match=r"240 prompt tokens \+ 24 new ones = 264\n    expected: at most 256"):
         sampler.sample([long])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"kv_cache_gib": 2.0**20}, "memory"),
+        ({"kv_cache_gib": 2.0**-16}, "cache"),
+        ({"max_model_len": 100_000}, "max_model_len"),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why_and_leaves_room_for_one_that_can(
+    settings: dict[str, Any], text: str, info: StudentInfo
+) -> None:
+    scorer, small = student("embedded", info), {"max_new_tokens": 24, "kv_cache_gib": 0.25, "enforce_eager": True}
+    for wrong in ({**small, **settings}, small):
+        sampler = VLLMSampler(**wrong)
+        sampler.setup(info)
+        try:
+            if wrong is small:
+                sampler.sync(scorer)
+                assert shared.gap(scorer, shared.in_order(sampler.sample(requests(info)))) < 1e-5
+                continue
+            with pytest.raises(ModelError) as caught:
+                sampler.sync(scorer)
+            said = str(caught.value)
+            assert said.startswith("model.sampler: vLLM cannot run Qwen3ForCausalLM with these settings\n    got:")
+            assert text in said and "try:      model.sampler.kv_cache_gib, max_model_len" in said
+        finally:
+            sampler.teardown()
+
+
+def test_an_engine_that_runs_out_of_memory_says_so(
+    pair: tuple[VLLMSampler, StudentScorer], info: StudentInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, scorer = pair
+    engine = sampler._engine._llm.llm_engine
+    model = engine.model_executor.driver_worker.worker.model_runner
+
+    def too_large(*_: Any, **__: Any) -> Any:
+        return torch.empty(2**62, dtype=torch.uint8)  # what a kernel's buffer would do
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "execute_model", too_large)
+        with pytest.raises(RolloutError) as caught:
+            list(sampler.sample(requests(info)))
+    assert "model.sampler: the vLLM engine failed while it sampled\n    got:      RuntimeError: " in str(caught.value)
+    assert shared.gap(scorer, shared.in_order(sampler.sample(requests(info)))) < 1e-5, "nor is the engine lost"
+    assert "allocate" in str(caught.value) and "model.sampler.kv_cache_gib" in str(caught.value)
 
 
 def test_the_quickstart_runs_with_vllm(tmp_path: Path) -> None:

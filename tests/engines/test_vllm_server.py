@@ -154,6 +154,24 @@ def test_a_context_that_is_too_short_is_refused(running: str, info: StudentInfo)
         sampler.sync(student("embedded", info))
 
 
+def test_a_prompt_that_leaves_too_few_positions_is_refused(
+    pair: tuple[VLLMServerSampler, StudentScorer], info: StudentInfo
+) -> None:
+    sampler, _ = pair
+    long = replace(requests(info)[0], prompt_ids=tuple(range(4, 24)) * 12)
+    with pytest.raises(RolloutError, match=r"240 prompt tokens \+ 24 new ones = 264\n    expected: at most 256"):
+        sampler.sample([long])
+
+
+def test_another_vocabulary_behind_the_address_is_refused(running: str, info: StudentInfo) -> None:
+    fewer = replace(info, vocab_limit=info.vocab_limit - 3)
+    sampler = VLLMServerSampler(url=running, **SMALL)
+    sampler.setup(fewer)
+    limits = rf"vocab_size: {fewer.vocab_limit} \(student\) and {info.vocab_limit} \(server\)"
+    with pytest.raises(ModelError, match=f"another model is served: {limits}"):
+        sampler.sync(student("embedded", fewer))
+
+
 def test_a_server_that_cannot_start_says_why(info: StudentInfo) -> None:
     sampler = VLLMServerSampler(**{**SMALL, "kv_cache_gib": 2.0**20})
     sampler.setup(info)

@@ -134,6 +134,27 @@ def test_settings_that_do_not_fit_the_server(
         VLLMTeacher(**{"urls": (server.url,), "path": "embedded:teacher", **settings}).setup(info)
 
 
+def test_another_tokenizer_behind_the_address_is_refused(info: StudentInfo, tmp_path: Path) -> None:
+    """The model is right, what its ids stand for is not."""
+    folder = tmp_path / "tokenizer"
+    info.tokenizer.save_pretrained(folder)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    vocab = file["model"]["vocab"]
+    plain = sorted(vocab.values())[len(vocab) // 2 :]
+    turned = dict(zip(plain, [*plain[1:], plain[0]], strict=True))
+    file["model"]["vocab"] = {token: turned.get(i, i) for token, i in vocab.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    wrong = VLLMServer(embedded.resolve("embedded:teacher"), tmp_path / "log", "--tokenizer", str(folder)).start()
+    try:
+        with pytest.raises(ModelError) as caught:
+            VLLMTeacher(urls=(wrong.url,), path="embedded:teacher").setup(info)
+    finally:
+        wrong.kill()
+    said = str(caught.value)
+    assert "model.teacher.urls[0]: the model behind it has another tokenizer than model.teacher.path\n" in said
+    assert wrong.url in said and "try:      serve the model of model.teacher.path" in said
+
+
 def test_a_server_with_a_smaller_vocabulary(
     server: VLLMServer, info: StudentInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

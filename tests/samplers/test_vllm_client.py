@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -139,6 +140,27 @@ def test_a_consumer_that_stops_early_breaks_off_what_is_under_way(serve: Callabl
     assert next(groups)[0] == 1
     groups.close()  # type: ignore[attr-defined]
     assert not stop.is_set() and not [t for t in threading.enumerate() if t.name == "vllm requests"]
+    stop.set()
+
+
+def test_what_is_under_way_is_broken_off_from_another_thread(serve: Callable[..., Server]) -> None:
+    asked, stop = threading.Event(), threading.Event()
+
+    def reply(body: dict[str, Any], _: int) -> Reply:
+        asked.set()
+        stop.wait(60)
+        return 200, answer(body)
+
+    remote = engine(serve(reply).url)
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(list, remote.generate([[2]], [SETTINGS]))
+        assert asked.wait(20)
+        remote.break_off()
+        with pytest.raises(RolloutError, match="sampling was ended"):
+            pending.result(timeout=20)
+        assert not stop.is_set()
+    with pytest.raises(RolloutError, match="sampling was ended"):
+        list(remote.generate([[2]], [SETTINGS]))
     stop.set()
 
 

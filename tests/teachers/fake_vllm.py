@@ -50,6 +50,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         entries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self.tokenize(entries["prompt"])
+            return
         self.fake.keys.append(self.headers.get("Authorization"))
         with self.fake.lock:
             self.fake.asked.append(tuple(entries["prompt"]))
@@ -61,6 +64,13 @@ class Handler(BaseHTTPRequestHandler):
         if status == 200:
             with self.fake.lock:
                 self.fake.answered.append(tuple(entries["prompt"]))
+
+    def tokenize(self, text: str) -> None:
+        if self.fake.tokenizer is None:
+            self.refuse(404, "Not Found")
+        else:
+            ids = self.fake.tokenizer(text, add_special_tokens=False)["input_ids"]
+            self.reply_json(200, {"count": len(ids), "tokens": ids})
 
     def refuse(self, status: int, message: str, **headers: str) -> None:
         self.reply_json(status, {"error": {"message": message, "code": status}}, **headers)
@@ -95,6 +105,7 @@ class FakeVLLM:
         self.name = name
         self.max_logprobs = max_logprobs
         self.max_model_len: int | None = 64
+        self.tokenizer: Any = None
         self.health = 200
         self.health_checks = 0
         self.asked: list[tuple[int, ...]] = []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from distillkit.betas.constant import Constant
 from distillkit.betas.linear import Linear
@@ -19,7 +22,7 @@ from distillkit.samplers.hf import HFSampler
 from distillkit.teachers.extrapolated import ExtrapolatedTeacher
 from distillkit.teachers.vllm import VLLMTeacher
 from distillkit.teachers.vllm_request import server_address
-from distillkit.testing import FakeTeacher, student_info, tiny_model
+from distillkit.testing import FakeTeacher, char_tokenizer, student_info, tiny_model
 from tests.teachers.fake_vllm import FakeVLLM, running, status
 from tests.teachers.test_vllm import padded, path, save, teacher
 
@@ -58,6 +61,21 @@ def test_the_served_model_is_taken_where_none_is_named(path: str) -> None:
         part.setup(student_info())
         part.teardown()
     assert fakes[0].answered and part.model is None
+
+
+def test_another_tokenizer(path: str) -> None:
+    """As long as the student's, with the same ids for other tokens."""
+    server = FakeVLLM(tiny_model(5))
+    server.tokenizer = char_tokenizer()
+    with running(server) as fakes:
+        teacher(fakes, path).setup(student_info())
+    turned = json.loads(server.tokenizer.backend_tokenizer.to_str())
+    size = len(turned["model"]["vocab"])
+    turned["model"]["vocab"] = {token: (i + 3) % size for token, i in turned["model"]["vocab"].items()}
+    server.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(turned)))
+    text = refused(ModelError, [server], path)
+    assert "model.teacher.urls[0]: the model behind it has another tokenizer than model.teacher.path\n" in text
+    assert server.url in text and "try:      serve the model of model.teacher.path" in text
 
 
 def test_a_server_of_another_kind(path: str) -> None:
