@@ -123,6 +123,7 @@ def read_workload(
         vocab_limit=min([student.vocabulary, *(s.shape.vocabulary for s in scorers if s.role != "reward model")]),
         passes=settings.inner_epochs,
         updates=several,
+        one_step_off=getattr(settings, "one_step_off", False),
         old_pass=several > 1 or settings.distill_through == "reward",
         scorers=scorers,
     )

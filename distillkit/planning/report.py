@@ -45,7 +45,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Seconds of a step; phases beside another one take none."""
-        return sum(time.seconds for time in self.times if not time.beside)
+        return sum(time.seconds for time in self.times if time.beside is None)
 
     def data(self) -> dict[str, Any]:
         """Return the plan as JSON-able values; bytes, seconds, tokens."""
@@ -115,7 +115,7 @@ class Plan:
         width = max(len(f"{time.seconds:,.1f}") for time in self.times)
         lines = ["time of a step, s"]
         for time in self.times:
-            beside = ", beside the teacher" if time.beside else ""
+            beside = "" if time.beside is None else f", beside {time.beside}"
             lines.append(f"  {time.name:<10}  {time.seconds:>{width + 2},.1f}  {time.made_of}{beside}")
         return [*lines, f"  {'step':<10}  {self.seconds:>{width + 2},.1f}"]
 

@@ -6,7 +6,7 @@ A matrix product of one token costs 2 FLOPs a parameter forward and 4 backward (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distillkit.planning.layers import cache_bytes
 from distillkit.planning.model_shape import ModelShape
@@ -44,12 +44,12 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseTime:
-    """Seconds of a phase and what they are made of; `beside` another phase it takes no time of its own."""
+    """Seconds of a phase and what they are made of; `beside` others, named there, it takes no time of its own."""
 
     name: str
     seconds: float
     made_of: str
-    beside: bool = False
+    beside: str | None = None
 
 
 def phase_times(load: Workload, machine: Machine) -> tuple[PhaseTime, ...]:
@@ -62,13 +62,24 @@ def phase_times(load: Workload, machine: Machine) -> tuple[PhaseTime, ...]:
     if load.sampling.kind != "none":
         what = f"{load.rollouts:,} rollouts, {machine.reward_seconds:g} s each, {machine.reward_workers} at a time"
         scored = sum(p.seconds for p in found if p.name in ("teacher", "reference"))
-        found.append(PhaseTime(name="reward", seconds=judged, made_of=what, beside=judged <= scored))
+        found.append(
+            PhaseTime(name="reward", seconds=judged, made_of=what, beside="the teacher" if judged <= scored else None)
+        )
     if load.old_pass:
         flops = _forward_flops(load.student, load)
         what = f"{flops / 1e12:,.0f} TFLOP forward"
         found.append(PhaseTime(name="old policy", seconds=flops / (machine.flops * machine.mfu), made_of=what))
     found.append(_update(load, machine))
-    return tuple(found)
+    return tuple(_ahead(found) if load.one_step_off and load.sampling.kind == "vllm_server" else found)
+
+
+def _ahead(phases: list[PhaseTime]) -> list[PhaseTime]:
+    """The next rollouts are sampled on other GPUs while the rest of the step runs: the shorter of the two is free."""
+    [rollout] = [p for p in phases if p.name == "rollout"]
+    rest = [p for p in phases if p.name not in ("sync", "rollout")]
+    if rollout.seconds <= sum(p.seconds for p in rest if p.beside is None):
+        return [replace(p, beside="the rest") if p is rollout else p for p in phases]
+    return [replace(p, beside="the next rollouts") if p in rest and p.beside is None else p for p in phases]
 
 
 def _tokens(load: Workload) -> float:

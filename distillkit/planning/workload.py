@@ -83,6 +83,7 @@ class Workload:
         passes: forward and backward passes over the rollouts (`inner_epochs`).
         updates: optimizer steps.
         old_pass: an extra forward of the policy that sampled.
+        one_step_off: the next step's rollouts are sampled while this one's are learned from.
         scorers: teacher, reference and models of rewards.
     """
 
@@ -106,6 +107,7 @@ class Workload:
     passes: int = 1
     updates: int = 1
     old_pass: bool = False
+    one_step_off: bool = False
     scorers: tuple[Scorer, ...] = ()
 
     @property

@@ -160,6 +160,18 @@ def test_more_gpus_take_less_time_and_rates_are_arguments(plan: Any) -> None:
     assert one["teacher"] == pytest.approx(flops / (0.4 * 989e12))
 
 
+@pytest.mark.parametrize("cache_gib", [1, 50], ids=["sampling takes longer", "the rest takes longer"])
+def test_rollouts_sampled_ahead_hide_the_shorter_part(cache_gib: int, plan: Any) -> None:
+    sampler = ["--model.sampler", "vllm_server", "--model.sampler.kv_cache_gib", str(cache_gib), "--sampler-gpus", "6"]
+    words = [*BIG, *sampler, "--trainer.strategy", "fsdp2"]
+    found, ahead = (plan(*words, "--model.one_step_off", flag)["seconds"] for flag in ("false", "true"))
+    rest = sum(found[name] for name in found if name not in ("sync", "rollout", "step", "reward"))
+    assert (found["rollout"] > rest) == (cache_gib == 1)
+    assert found["step"] == pytest.approx(found["sync"] + found["rollout"] + rest)
+    assert ahead["step"] == pytest.approx(found["sync"] + max(found["rollout"], rest))
+    assert {k: v for k, v in ahead.items() if k != "step"} == {k: v for k, v in found.items() if k != "step"}
+
+
 def test_a_config_file_or_folder_stands_for_a_model(tmp_path: Path, plan: Any) -> None:
     Qwen3Config(num_hidden_layers=2, vocab_size=512, hidden_size=64).save_pretrained(tmp_path / "shape")
     words = ["--config", "quickstart", "--gpus", "1", "--gpu-memory", "8", "--model.student", "nobody/has-this"]
