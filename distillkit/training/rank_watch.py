@@ -102,6 +102,8 @@ class RankWatch(Callback):
 
     def _end_after(self, gone: Gone, trainer: pl.Trainer, pl_module: Any) -> None:
         """Note that a rank is gone, and end this one if it does not notice; runs beside the training."""
+        if self._ends.is_set():
+            return
         last = RunFolder(Path(trainer.default_root_dir)).last_ckpt
         ckpt = f"--ckpt_path last goes on from {last}" if last.exists() else "there is no checkpoint yet"
         where = (

@@ -63,7 +63,7 @@ class Hub(RollCall):
         _close_in_forks(self._listener)
 
     def leave(self, said: str | None = None) -> None:
-        self._tell({"gone": asdict(Gone(0, socket.gethostname(), said))} if said is not None else {"left": True})
+        self._tell({"left": True} if said is None else {"gone": asdict(Gone(0, socket.gethostname(), said))})
         self._door.close()
 
     def run(self) -> None:
@@ -101,16 +101,18 @@ class Hub(RollCall):
             buffer[:] = rest
             message = _read(line)
             if connection not in self._members:
-                if not secrets.compare_digest(str(message.get("token", "")), self.token):
+                # a stranger, a new member, or one that this rank no longer listens to
+                if not secrets.compare_digest(str(message.get("token", "")).encode(), self.token.encode()):
                     return False
                 with self._lock:
                     self._members[connection] = Gone(int(message["rank"]), str(message["host"]))
+                    _send(connection, {"welcome": True})
             elif "gone" in message:
                 self._ends(connection, str(message["gone"]))
                 return False
             elif "left" in message:
                 with self._lock:
-                    del self._members[connection]
+                    self._members.pop(connection, None)
                 return False
         return len(buffer) <= _LONGEST
 
@@ -123,9 +125,11 @@ class Hub(RollCall):
             self._on_gone(gone)
 
     def _tell(self, message: dict[str, Any]) -> None:
+        """Say the one thing there is to say; whoever ends after that is not missed."""
         with self._lock:
             for connection in self._members:
                 _send(connection, message)
+            self._members = {}
 
 
 class Member(RollCall):
@@ -147,18 +151,20 @@ class Member(RollCall):
         self._address = address
         self._socket = _prepared(socket.create_connection((address, port), timeout=_CONNECT_S))
         self._left = False
-        if not _send(self._socket, {"token": token, "rank": rank, "host": socket.gethostname()}):
+        self._lines = self._socket.makefile("rb")
+        _send(self._socket, {"token": token, "rank": rank, "host": socket.gethostname()})
+        if "welcome" not in _read(self._lines.readline(_LONGEST)):
             raise ConnectionError(f"{address} closed the connection")
+        self._socket.settimeout(None)
 
     def leave(self, said: str | None = None) -> None:
         self._left = True
         _send(self._socket, {"gone": said} if said is not None else {"left": True})
 
     def run(self) -> None:
-        self._socket.settimeout(None)
-        with self._socket, self._socket.makefile("rb") as lines:
+        with self._socket, self._lines:
             try:
-                message = _read(lines.readline(_LONGEST))
+                message = _read(self._lines.readline(_LONGEST))
             except OSError:
                 message = {}
         if "gone" in message:
