@@ -27,7 +27,7 @@ while [ "${1#--}" != "$1" ]; do
 done
 SLURM_PROCID=1 exec "$@" """,
     "curl": 'echo "$@" >> asked',
-    "python": f'exec {sys.executable} -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"',
+    "python": f'exec {sys.executable} -c "import json, sys; sys.stdout.write(json.dumps(sys.argv[1:]) + chr(10))" "$@"',
 }
 """What a cluster has, in small: each says what it was asked for."""
 
