@@ -18,6 +18,7 @@ from distillkit.reporting.progress import StepProgress
 from distillkit.reporting.run_folder import RunFolder
 from distillkit.reporting.run_report import RunReport
 from distillkit.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, StudentExport
+from distillkit.training.rank_watch import RankWatch
 
 __all__ = ["TRAINER_DEFAULTS", "make_trainer", "quiet", "run_callbacks"]
 
@@ -34,8 +35,9 @@ evaluated for real instead of being sanity-checked."""
 
 
 def run_callbacks(*, checkpoint_every: int = 10, rollouts_every: int = 10) -> list[Callback]:
-    """Return the callbacks of a run: progress, report, last checkpoint, student export."""
+    """Return the callbacks of a run: the watch over its ranks, progress, report, last checkpoint, student export."""
     return [
+        RankWatch(),
         StepProgress(),
         RunReport(rollouts_every=rollouts_every),
         LastCheckpoint(every_n_steps=checkpoint_every),

@@ -35,6 +35,7 @@ from distillkit.reporting.run_folder import RunFolder, atomic_write_text
 from distillkit.runs import TRAINER_DEFAULTS, quiet, run_callbacks
 from distillkit.training.base import StudentModule
 from distillkit.training.checkpoints import AtomicCheckpointIO
+from distillkit.training.rank_watch import explained
 
 __all__ = ["DistillCLI", "RunInterrupted"]
 
@@ -101,7 +102,10 @@ class DistillCLI(LightningCLI):
                 args=[self.command, *arguments],
             )
         except BaseException as error:
-            self._end(error)
+            cause = explained(error, getattr(self, "trainer", None))
+            self._end(cause)
+            if cause is not error:
+                raise cause from error
             raise
         finally:
             _obey_sigterm(at_once=False)

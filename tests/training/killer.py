@@ -1,6 +1,8 @@
-"""Run the command line, and kill this process (SIGKILL) at the n-th call of one phase.
+"""Run the command line, and end one rank at the n-th call of one phase.
 
-usage: python -m tests.training.killer PHASE N distillkit-arguments...
+usage: python -m tests.training.killer PHASE N [RANK [killed | raised | alone]] distillkit-arguments...
+
+It is killed (SIGKILL), or raises; `alone`, it is killed while the others are busy there and wait for nobody.
 """
 
 from __future__ import annotations
@@ -8,16 +10,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import distillkit.step
 import distillkit.training.checkpoints
 import distillkit.training.evaluating
+from distillkit.cli.launch import global_rank
 from distillkit.cli.main import main
 from distillkit.rewards.answer import AnswerReward
 from distillkit.samplers.hf import HFSampler
 from distillkit.teachers.local import LocalTeacher
+from distillkit.training.checkpoints import LastCheckpoint
 from distillkit.training.strategies.single import LightningBackend
 
 PLACES: dict[str, tuple[Any, str]] = {
@@ -28,11 +33,12 @@ PLACES: dict[str, tuple[Any, str]] = {
     "update": (LightningBackend, "backward"),
     "optimizer": (LightningBackend, "optimizer_step"),
     "validation": (distillkit.training.evaluating, "evaluate_batch"),
+    "saving": (LastCheckpoint, "_save"),
     "checkpoint": (distillkit.training.checkpoints.os, "replace"),
 }
 
 
-def kill_at(phase: str, call: int) -> None:
+def end_at(phase: str, call: int, rank: int = 0, how: str = "killed") -> None:
     owner, name = PLACES[phase]
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
@@ -42,9 +48,13 @@ def kill_at(phase: str, call: int) -> None:
         if phase == "checkpoint" and not str(args[1]).endswith("last.ckpt"):
             return original(*args, **kwargs)
         calls += 1
-        if calls == call:
+        if calls == call and how == "alone" and global_rank() != rank:
+            time.sleep(600)
+        if calls == call and global_rank() == rank:
             if phase == "rollout":
                 next(iter(original(*args, **kwargs)))
+            if how == "raised":
+                raise OSError(f"no space left in {phase}")
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
@@ -52,5 +62,8 @@ def kill_at(phase: str, call: int) -> None:
 
 
 if __name__ == "__main__":
-    kill_at(sys.argv[1], int(sys.argv[2]))
-    raise SystemExit(main(sys.argv[3:]))
+    place, arguments = sys.argv[1:3], sys.argv[3:]
+    while arguments[0] not in ("fit", "validate", "test"):
+        place.append(arguments.pop(0))
+    end_at(place[0], int(place[1]), *map(int, place[2:3]), *place[3:])
+    raise SystemExit(main(arguments))

@@ -30,12 +30,12 @@ class ZeroStrategy(DeepSpeedStrategy):
     A checkpoint is a folder with a file per rank, replaced as a whole; its tensors are read with `weights_only=True`.
 
     Args:
+        logging_level: of DeepSpeed; it warns of outputs that it does not know, the step's, which need not its hooks.
         settings: of Lightning's `DeepSpeedStrategy`, such as `stage`, `offload_optimizer` and `config`.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        # DeepSpeed warns of outputs that it does not know, the step's dataclasses; its hooks do not need them here.
-        super().__init__(**{"logging_level": logging.ERROR, **settings})
+    def __init__(self, *, logging_level: int = logging.ERROR, **settings: Any) -> None:
+        super().__init__(logging_level=logging_level, **settings)
 
     @property
     def root_device(self) -> torch.device:
