@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_strategies import ARGUMENTS, metrics, on_two_ranks, run
+from tests.training.test_strategies import ARGUMENTS, metrics, on_ranks, run
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ QUICK = [*ARGUMENTS, "--model.validate_at_start", "false"]
 def test_all_ranks_end_with_the_reason_and_the_run_goes_on(
     strategy: str, phase: str, call: int, rank: int, how: str, launcher: tuple[str, ...], tmp_path: Path
 ) -> None:
-    ranks = on_two_ranks(strategy)
+    ranks = on_ranks(strategy, 2)
     ended = run(tmp_path, *launcher, "-m", "tests.training.killer", phase, str(call), str(rank), how, *QUICK, *ranks)
     assert ended.returncode not in (0, 2), ended.stdout[-3000:]
     assert f"TrainingStopped: rank {rank} on " in ended.stderr, ended.stderr[-5000:]
