@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 WARM_UP, STEPS = 2, 5
 PHASES = ("sync", "rollout", "teacher", "update", "step")
@@ -113,7 +114,7 @@ def imports_peak() -> int:
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def measure(case: Case, models: Path, folder: Path) -> dict[str, object]:
+def measure(case: Case, models: Path, folder: Path) -> dict[str, Any]:
     """Run one case; return the seconds of each phase by step, tokens by step, and the peak of its largest process."""
     command = [
         sys.executable, "-m", "distillkit", "fit", "--config", "quickstart", "--run_dir", str(folder),
@@ -143,9 +144,9 @@ def measure(case: Case, models: Path, folder: Path) -> dict[str, object]:
     }
 
 
-def table(results: list[dict]) -> str:  # type: ignore[type-arg]
+def table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table of medians."""
-    heads = ["", "processes", *(f"{phase}, s" for phase in PHASES), "peak of a process, GiB"]
+    heads = ["run", "processes", *(f"{phase}, s" for phase in PHASES), "peak of a process, GiB"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in dict.fromkeys(result["case"] for result in results):
         runs = [result for result in results if result["case"] == name]

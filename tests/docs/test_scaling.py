@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import strategies
 
 from distillkit.cli.main import main
 
@@ -40,3 +42,21 @@ def test_the_readmes_doctor_says_what_the_doctor_says(
     # Free memory and rounding differ from machine to machine.
     numbers = re.compile(r"\d[\d.]*(e-\d+)?")
     assert numbers.sub("#", capsys.readouterr().out) == numbers.sub("#", shown)
+
+
+@pytest.mark.parametrize("what", strategies.CASES)
+def test_the_pages_measurements_are_those_on_record(what: str) -> None:
+    lines = (ROOT / "benchmarks" / "results" / "strategies.jsonl").read_text().splitlines()
+    results = [result for line in lines if (result := json.loads(line))["what"] == what]
+    assert {result["case"] for result in results} == {case.name for case in strategies.CASES[what]}
+    assert strategies.table(results) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_strategies_measurement_measures(tmp_path: Path) -> None:
+    strategies.write_models(tmp_path)
+    found = strategies.measure(strategies.CASES["strategies"][0], tmp_path, tmp_path / "run")
+    assert all(len(found["seconds"][phase]) == strategies.STEPS for phase in strategies.PHASES)
+    weights = 2 * (tmp_path / "student" / "model.safetensors").stat().st_size
+    assert weights / 2**30 < found["peak_gib"] < 4
+    assert strategies.table([found]).count("\n") == 2
