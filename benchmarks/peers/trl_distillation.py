@@ -1,0 +1,24 @@
+"""TRL's DistillationTrainer (exact reverse KL) on a case: `python benchmarks/peers/trl_distillation.py --case fixed`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from trl import DistillationConfig, DistillationTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trl_shared import Case, rows, run, settings
+
+
+def build(case: Case, folder: Path, steps: int, mode: str) -> DistillationTrainer:
+    """Return the trainer."""
+    config = DistillationConfig(**settings(case, folder, steps, mode), beta=1.0)
+    return DistillationTrainer(
+        model=str(folder / "student"), teacher_model=str(folder / "teacher"), args=config,
+        train_dataset=rows(case, steps, copies=case.group_size),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run("distil", build)

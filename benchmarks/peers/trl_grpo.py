@@ -1,0 +1,31 @@
+"""TRL's GRPOTrainer on a case: `python benchmarks/peers/trl_grpo.py --case fixed --mode best`, in TRL's own environment."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trl_shared import Case, rows, run, settings
+
+from cases import reward
+
+
+def by_chance(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """The reward of `cases.py`."""
+    return [reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def build(case: Case, folder: Path, steps: int, mode: str) -> GRPOTrainer:
+    """Return the trainer."""
+    config = GRPOConfig(**settings(case, folder, steps, mode), num_generations=case.group_size)
+    return GRPOTrainer(
+        model=str(folder / "student"), reward_funcs=by_chance, args=config, train_dataset=rows(case, steps)
+    )
+
+
+if __name__ == "__main__":
+    run("grpo", build)

@@ -1,0 +1,83 @@
+"""What both TRL trainers share: settings, clock, and the line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cases import CASES, Case, prompts, write_inputs
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of every optimizer step, generation included, and what the trainer logs."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.lengths: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        if "completions/mean_length" in logs:
+            self.lengths.append(float(logs["completions/mean_length"]))
+
+
+def settings(case: Case, folder: Path, steps: int, mode: str) -> dict[str, Any]:
+    """Arguments of either config: as TRL comes, or without gradient checkpointing in one batch."""
+    batch = {"default": min(8, case.rollouts), "best": case.rollouts}[mode]
+    own: dict[str, Any] = {} if mode == "default" else {"gradient_checkpointing": False}
+    return {
+        "output_dir": str(folder / "out"), "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": case.rollouts // batch, "max_completion_length": case.new_tokens,
+        "max_steps": steps, "learning_rate": 1e-6, "temperature": 1.0, "use_cpu": True, "bf16": False,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 1,
+        "shuffle_dataset": False, **own,
+    }  # fmt: skip
+
+
+def rows(case: Case, steps: int, *, copies: int = 1) -> Dataset:
+    """The prompts of all steps; a trainer without groups gets each as often as the group is large."""
+    return Dataset.from_list([{"prompt": prompt} for prompt in prompts(case, steps) for _ in range(copies)])
+
+
+def run(name: str, build: Callable[[Case, Path, int, str], Any]) -> None:
+    """Measure one case with the trainer that `build(case, folder, steps, mode)` makes, and print a line of JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--case", choices=list(CASES), required=True)
+    parser.add_argument("--mode", choices=["default", "best"], default="best")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2)
+    given = parser.parse_args()
+    case, total = CASES[given.case], given.warm_up + given.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, watch = Path(scratch), Stopwatch()
+        write_inputs(case, folder, total)
+        trainer = build(case, folder, total, given.mode)
+        trainer.add_callback(watch)
+        trainer.train()
+        before = load_file(folder / "student" / "model.safetensors")
+        after = trainer.model.state_dict()
+        moved = sum(not torch.equal(before[key], after[key]) for key in before)
+    found = {
+        "side": "trl", "case": case.name, "method": name, "settings": {"mode": given.mode},
+        "seconds": watch.seconds[given.warm_up :], "rollouts": case.rollouts,
+        "tokens": [round(length * case.rollouts) for length in watch.lengths[given.warm_up :]], "moved": moved,
+    }  # fmt: skip
+    print(json.dumps(found))
