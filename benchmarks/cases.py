@@ -1,4 +1,4 @@
-"""What both sides of the comparison train: models, prompts, rewards. Needs torch and transformers, nothing of distillkit."""
+"""What both sides of the comparison train: models, prompts, rewards. Nothing of distillkit is needed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def model(case: Case, shape: Shape, seed: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def _never_end(made: Qwen3ForCausalLM) -> None:
-    """Keep one feature constant through all layers; the logits of padding and end are it, times a large negative number."""
+    """Keep one feature constant through all layers; it makes the logits of padding and end large and negative."""
     made.model.embed_tokens.weight[:, 0] = 1.0
     for layer in made.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0

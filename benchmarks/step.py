@@ -2,7 +2,7 @@
 
     python benchmarks/step.py --case fixed --method kdrl [--steps 5] [--warm-up 2] [--set skip_zero_weight=false]
 
-Prints one line of JSON: seconds of each step and phase, rollouts, sampled tokens, and how far the update moved the weights.
+Prints one line of JSON: seconds of each step and phase, rollouts, sampled tokens, and how many tensors were updated.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""TRL's DistillationTrainer (exact reverse KL) on a case: `python benchmarks/peers/trl_distillation.py --case fixed`."""
+"""TRL's DistillationTrainer (exact reverse KL) on a case, in TRL's own environment.
+
+PYTHONPATH=benchmarks python benchmarks/peers/trl_distillation.py --case fixed [--mode default]
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from trl import DistillationConfig, DistillationTrainer
-
-sys.path.insert(0, str(Path(__file__).parent))
 from trl_shared import Case, rows, run, settings
 
 

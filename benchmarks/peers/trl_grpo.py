@@ -1,17 +1,16 @@
-"""TRL's GRPOTrainer on a case: `python benchmarks/peers/trl_grpo.py --case fixed --mode best`, in TRL's own environment."""
+"""TRL's GRPOTrainer on a case, in TRL's own environment.
+
+PYTHONPATH=benchmarks python benchmarks/peers/trl_grpo.py --case fixed [--mode default]
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from trl import GRPOConfig, GRPOTrainer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from trl_shared import Case, rows, run, settings
-
 from cases import reward
+from trl import GRPOConfig, GRPOTrainer
+from trl_shared import Case, rows, run, settings
 
 
 def by_chance(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

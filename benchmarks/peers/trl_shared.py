@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import CASES, Case, prompts, write_inputs
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from cases import CASES, Case, prompts, write_inputs
 
 
 class Stopwatch(TrainerCallback):
