@@ -335,7 +335,13 @@ make, update, start = ServerProcess.__init__, distillkit.step.update, RolloutsAh
 def made(own, *arguments, **named):
     servers.append(own)
     make(own, *arguments, **named)
+def started(own, *arguments):
+    if updates == 1:  # nothing that is asked for now is answered
+        os.killpg(servers[0]._process.pid, signal.SIGSTOP)
+        arguments = (*arguments[:3], None)  # nor waited for before the update, as a probe would be
+    start(own, *arguments)
 ServerProcess.__init__ = made
+RolloutsAhead.start = started
 """
 
 SERVER_DIES = """
@@ -367,13 +373,7 @@ def fails(*arguments):
     if updates == 2:
         raise RuntimeError("the update failed") if sys.argv[1] == "error" else KeyboardInterrupt
     return update(*arguments)
-def started(own, *arguments):
-    if updates == 1:  # nothing that is asked for now is answered
-        os.killpg(servers[0]._process.pid, signal.SIGSTOP)
-        arguments = (*arguments[:3], None)  # nor waited for before the update, as a probe would be
-    start(own, *arguments)
 distillkit.step.update = fails
-RolloutsAhead.start = started
 raise SystemExit(main(sys.argv[2:]))
 """
 
