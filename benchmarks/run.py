@@ -3,9 +3,9 @@
     python benchmarks/run.py measure --trl PYTHON [--cases fixed tail] [--rounds 2]
     python benchmarks/run.py report
 
-PYTHON is that of an environment with trl. One run after the other, never two at a time: distillkit, TRL as it comes, TRL
-at its best, and again. Both sides get the same checkpoints, prompts, rewards, limits, dtype and threads. A pair that did
-not do the same work (rollouts, tensors updated, tokens within a tenth, for both sample) is an error, not a row.
+PYTHON is that of an environment with trl. One run after the other, never two at a time: distillkit, TRL as it comes,
+TRL at its best, and again. Both sides get the same checkpoints, prompts, rewards, limits, dtype and threads. A pair
+that did not do the same work (rollouts, tensors updated, tokens within a tenth, for both sample) is an error, no row.
 """
 
 from __future__ import annotations
