@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import limit
 import pytest
 import run
 import step
 import torch
 from cases import CASES, CHARACTERS, Case, Shape, model, prompts, reward, tokenizer
+from torch.utils.flop_counter import FlopCounterMode
 
 TINY = Case(
     name="tiny", student=Shape(64, 1, 64), teacher=Shape(64, 2, 64), groups=2, group_size=3, prompt_tokens=5,
@@ -80,3 +82,31 @@ def test_our_side_runs(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(found["seconds"]) == 2 and len(found["phases"]["update"]) == 2
     assert found["tokens"] == [TINY.rollouts * TINY.new_tokens] * 2
     assert found["moved"] == len(list(model(TINY, TINY.student, 0).parameters()))
+
+
+def test_the_floor_counts_what_a_forward_does() -> None:
+    """Against torch's own counter, on a whole forward with every head call: all but attention's upper triangle."""
+    length, rows = 24, 3
+    made = model(replace(TINY, ends=True), TINY.student, 0)
+    made.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        made(torch.randint(2, 60, (rows, length)))
+    square = rows * length**2
+    flops = limit.forward(TINY.student, rows * length, square, rows * length, TINY.vocabulary)
+    assert counter.get_total_flops() == pytest.approx(flops, rel=1e-3)
+
+
+def test_the_floor_of_a_step_by_hand() -> None:
+    case = replace(TINY, student=Shape(64, 1, 64), teacher=Shape(64, 1, 64), vocabulary=100)
+    layer, n, g, p, c = 6 * 64 * 64, 6, 2, 5, 7
+    one = 2 * layer * n * (p + c) + 4 * 64 * n * 78 + 2 * 64 * 100 * n * c
+    drawn = 2 * layer * (g * p + n * (c - 1)) + 4 * 64 * (g * 15 + n * 63) + 2 * 64 * 100 * n * c
+    assert limit.floor(case, "kdrl", c) == limit.Floor(rollout=drawn, teacher=one, update=3 * one)
+    assert limit.floor(case, "grpo", c).teacher == 0
+    assert limit.Floor(rollout=2.0, teacher=4.0, update=6.0).seconds(2.0)["step"] == 6.0
+
+
+def test_the_mean_length_of_a_completion_is_that_of_its_lengths() -> None:
+    case = replace(TINY, ends=True, vocabulary=4, new_tokens=3)
+    assert limit.mean_completion(case) == pytest.approx(1 * 0.25 + 2 * 0.75 * 0.25 + 3 * 0.75**2)
+    assert limit.mean_completion(TINY) == 7
