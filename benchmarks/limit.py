@@ -2,7 +2,7 @@
 
     python benchmarks/limit.py [--threads 2]
 
-Counted: 2 FLOPs a weight and token forward, 4 more backward; attention 4 · hidden · layers FLOPs for each pair of a token
+Counted: 2 FLOPs a weight and token forward, 4 more backward; attention 4 · hidden · layers for each pair of a token
 and one that it attends to; the head only where its result is needed (sampled or scored tokens); a prompt once for each
 group when sampling, once for each rollout when scoring and training. Not counted: everything else.
 """
