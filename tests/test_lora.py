@@ -103,6 +103,8 @@ def test_the_export_is_a_plain_checkpoint_with_the_adapter_beside_it(
 
     model = adapted(LoraSettings(rank=4, target_modules="all-linear"), tied=tied)
     export_student(model, toy.tokenizer(), tmp_path / "student")
+    files = [*(tmp_path / "student").iterdir(), *(tmp_path / "adapter").iterdir()]
+    assert len(files) > 4 and {file.stat().st_mode & 0o777 for file in files} == {0o644}, "others may read them"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert not (tmp_path / "student" / "adapter_config.json").exists()
     assert plain.config.tie_word_embeddings is tied

@@ -172,6 +172,8 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     write(temporary)
     temporary.chmod(0o755)
+    for file in temporary.iterdir():  # safetensors makes its own private
+        file.chmod(0o644)
     if folder.exists():
         old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
         os.replace(folder, old / folder.name)
