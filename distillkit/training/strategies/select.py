@@ -28,17 +28,8 @@ _NAMES = "auto, ddp, fsdp2, deepspeed_stage_2, deepspeed_stage_3"
 def register() -> None:
     """Make `fsdp2` known to Lightning, and let its `deepspeed…` names mean our subclass."""
     StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2: fully_shard over all ranks", override=True)
-    offload = {"offload_optimizer": True}
-    for name, settings in {
-        "deepspeed": {"stage": 2},
-        "deepspeed_stage_1": {"stage": 1},
-        "deepspeed_stage_2": {"stage": 2},
-        "deepspeed_stage_2_offload": {"stage": 2, **offload},
-        "deepspeed_stage_3": {"stage": 3},
-        "deepspeed_stage_3_offload": {"stage": 3, **offload, "offload_parameters": True},
-    }.items():
-        description = f"DeepSpeed ZeRO, stage {settings['stage']}"
-        StrategyRegistry.register(name, ZeroStrategy, description, override=True, **settings)
+    for name, stage in {"deepspeed": 2, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}.items():
+        StrategyRegistry.register(name, ZeroStrategy, f"DeepSpeed ZeRO, stage {stage}", override=True, stage=stage)
 
 
 def backend_for(

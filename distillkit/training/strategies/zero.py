@@ -31,7 +31,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     Args:
         logging_level: of DeepSpeed; it warns of outputs that it does not know, the step's, which need not its hooks.
-        settings: of Lightning's `DeepSpeedStrategy`, such as `stage`, `offload_optimizer` and `config`.
+        settings: of Lightning's `DeepSpeedStrategy`, such as `stage`, `reduce_bucket_size` and `config`.
     """
 
     def __init__(self, *, logging_level: int = logging.ERROR, **settings: Any) -> None:
