@@ -61,6 +61,14 @@ CASES = {
     case.name: case
     for case in (
         Case(name="fixed", student=ONE_M, teacher=SIX_M),
+        Case(name="fixed_same", student=ONE_M, teacher=ONE_M),
+        Case(
+            name="growth", student=ONE_M, teacher=ONE_M, vocabulary=8192, group_size=4, prompt_tokens=64, new_tokens=64
+        ),
+        Case(
+            name="tiny", student=Shape(64, 1, 64), teacher=Shape(64, 2, 64), groups=2, group_size=3, prompt_tokens=5,
+            new_tokens=7,
+        ),
         Case(name="tail", student=SIX_M, teacher=SIX_M, new_tokens=512, ends=True),
         Case(
             name="vocab", student=Shape(256, 4, 768), teacher=Shape(384, 6, 1152), vocabulary=151_936, groups=2,
@@ -73,6 +81,8 @@ CASES = {
         ),
     )
 }  # fmt: skip
+COMPARED = ("fixed", "tail", "vocab", "long", "sparse")
+"""The cases that TRL runs too; `growth` is that of growth.py, `tiny` is to see whether everything runs."""
 
 
 def write_inputs(case: Case, folder: Path, steps: int) -> None:

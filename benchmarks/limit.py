@@ -3,14 +3,18 @@
     python benchmarks/limit.py [--threads 2]
 
 Counted: 2 FLOPs a weight and token forward, 4 more backward; attention 4 · hidden · layers for each pair of a token
-and one that it attends to; the head only where its result is needed (sampled or scored tokens); a prompt once for each
-group when sampling, once for each rollout when scoring and training. Not counted: everything else.
+and one that it attends to, and twice that backward; the head only where its result is needed (sampled or scored
+tokens). In every phase a prompt goes through once for its whole group, with its own pairs once, and of a completion
+all but the last token, which predicts nothing. Rollouts with nothing to learn from are neither scored nor learned
+from. Not counted: everything else. Completions of unequal length are counted at their mean, which is less than the
+pairs that they have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 
@@ -59,16 +63,56 @@ def triangle(length: float) -> float:
     return length * (length + 1) / 2
 
 
+@dataclass(frozen=True)
+class Part:
+    """The share of a batch's groups, and of its rollouts, that a phase needs."""
+
+    groups: float
+    rollouts: float
+
+
+def learned(case: Case, method: str) -> Part:
+    """Return what the update needs: rollouts of groups whose rewards differ, and those that are distilled on."""
+    mixed = (1.0 - case.equal_groups) * (1.0 - 2.0 * _alike(case))
+    if method == "grpo":
+        return Part(mixed, mixed)
+    if method == "kdrl" and case.masked:
+        # Only a group with right answers alone has nothing: no advantage, nothing wrong to distil on.
+        some = 1.0 - (1.0 - case.equal_groups) * _alike(case)
+        return Part(some, some)
+    return Part(1.0, 1.0)
+
+
+def taught(case: Case, method: str) -> Part:
+    """Return what the teacher has to score: nothing, all, or wrong answers alone."""
+    if method == "grpo":
+        return Part(0.0, 0.0)
+    if method == "kdrl" and case.masked:
+        other = 1.0 - case.equal_groups
+        return Part(1.0 - other * _alike(case), case.equal_groups + other / 2)
+    return Part(1.0, 1.0)
+
+
+def _alike(case: Case) -> float:
+    """The probability that all rewards of a group are 1: each is 0 or 1 by chance."""
+    return 0.5**case.group_size
+
+
+def whole(case: Case, shape: Shape, completion: float, part: Part) -> float:
+    """Return the FLOPs of a forward that gives the logits of every token of the completions, the first's per group."""
+    g, n, p = part.groups * case.groups, part.rollouts * case.rollouts, case.prompt_tokens
+    tokens = g * p + n * (completion - 1)
+    pairs = g * triangle(p) + n * (triangle(p + completion - 1) - triangle(p))
+    return forward(shape, tokens, pairs, g + n * (completion - 1), case.vocabulary)
+
+
 def floor(case: Case, method: str, completion: float) -> Floor:
-    """Return the FLOPs of a step whose completions have `completion` tokens on average, all rollouts learned from."""
-    n, g, p, v = case.rollouts, case.groups, case.prompt_tokens, case.vocabulary
-    whole = triangle(p + completion)
-    drawn = forward(
-        case.student, g * p + n * (completion - 1), g * triangle(p) + n * (whole - triangle(p)), n * completion, v
+    """Return the FLOPs of a step whose completions have `completion` tokens on average."""
+    return Floor(
+        rollout=whole(case, case.student, completion, Part(1.0, 1.0)),
+        teacher=whole(case, case.teacher, completion, taught(case, method)),
+        update=3 * whole(case, case.student, completion, learned(case, method)),
     )
-    scored = (n * (p + completion), n * whole, n * completion, v)
-    teacher = 0.0 if method == "grpo" else forward(case.teacher, *scored)
-    return Floor(rollout=drawn, teacher=teacher, update=3 * forward(case.student, *scored))
 
 
 def gemm_rate(repeats: int = 7) -> float:
@@ -88,6 +132,16 @@ def mean_completion(case: Case) -> float:
         return float(case.new_tokens)
     keep = 1.0 - 1.0 / case.vocabulary
     return (1.0 - keep**case.new_tokens) * case.vocabulary
+
+
+def relative_spread(case: Case) -> float:
+    """Return the standard deviation of a completion's length over its mean."""
+    if not case.ends:
+        return 0.0
+    mean, keep = mean_completion(case), 1.0 - 1.0 / case.vocabulary
+    # E[length²] = Σ (2k + 1) · P(length > k)
+    square = sum((2 * k + 1) * keep**k for k in range(case.new_tokens))
+    return math.sqrt(max(0.0, square - mean**2)) / mean
 
 
 def main() -> None:

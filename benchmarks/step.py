@@ -1,8 +1,10 @@
 """Run distillkit's step on one case and time its phases.
 
-    python benchmarks/step.py --case fixed --method kdrl [--steps 5] [--warm-up 2] [--set skip_zero_weight=false]
+    python benchmarks/step.py --case fixed --method kdrl [--steps 5] [--warm-up 2] [--set NAME=VALUE ...]
+    (such as skip_zero_weight=false, sampler.rows_per_batch=16, teacher.dtype=bfloat16)
 
-Prints one line of JSON: seconds of each step and phase, rollouts, sampled tokens, and how many tensors were updated.
+Prints one line of JSON: seconds of each step and phase, rollouts, sampled tokens, how many tensors were updated, and
+where it ran.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import csv
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from cases import CASES, Case, reward, write_inputs
+from surroundings import surroundings
 
+import distillkit
 from distillkit import GRPO, K2, DataSource, HFSampler, LocalTeacher, OnPolicyDistillation, PromptData, make_trainer
 from distillkit.components import RewardFn
 from distillkit.divergences.full import ReverseKL
@@ -52,28 +57,44 @@ class Stopwatch(pl.Callback):
 
 
 def build(case: Case, method: str, folder: Path, settings: dict[str, Any]) -> OnPolicyDistillation:
-    """Return the module of one method on the models in `folder`."""
+    """Return the module of one method on the models in `folder`.
+
+    `sampler.NAME` and `teacher.NAME` of `settings` are arguments of those, what concerns a part that the method does
+    not have is left out.
+    """
     parts: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {"model": {}, "sampler": {}, "teacher": {}}
+    for name, value in settings.items():
+        part, _, argument = name.rpartition(".")
+        own[part or "model"][argument] = value
     if method != "grpo":
-        parts["teacher"] = LocalTeacher(path=str(folder / "teacher"))
+        parts["teacher"] = LocalTeacher(path=str(folder / "teacher"), **own["teacher"])
         parts["divergence"] = ReverseKL() if method == "distil" else K2()
         parts["beta"] = 1.0 if method == "distil" else 0.2
     if method != "distil":
         parts["objective"], parts["rewards"] = GRPO(), [ByChance()]
     if method == "kdrl" and case.masked:
         parts["masker"] = ResponseLevel()
-    sampler = HFSampler(group_size=case.group_size, max_new_tokens=case.new_tokens)
+    sampler = HFSampler(group_size=case.group_size, max_new_tokens=case.new_tokens, **own["sampler"])
     return OnPolicyDistillation(
-        student=str(folder / "student"), sampler=sampler, **parts, **settings, validate_at_start=False,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+        student=str(folder / "student"), sampler=sampler, **parts, **own["model"], validate_at_start=False,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
     )  # fmt: skip
 
 
 def measure(
-    case: Case, method: str, *, steps: int, warm_up: int, settings: dict[str, Any], folder: Path
+    case: Case,
+    method: str,
+    *,
+    steps: int,
+    warm_up: int,
+    settings: dict[str, Any],
+    folder: Path,
+    seed: int = 1,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, Any]:
     """Train `warm_up + steps` steps and return what the last `steps` took."""
-    pl.seed_everything(1)
+    pl.seed_everything(seed)
     write_inputs(case, folder, warm_up + steps)
     module = build(case, method, folder, settings)
     watch = Stopwatch()
@@ -82,8 +103,8 @@ def measure(
         max_prompt_tokens=case.prompt_tokens,
     )  # fmt: skip
     trainer = make_trainer(
-        folder / "run", callbacks=[watch], accelerator="cpu", max_steps=warm_up + steps, checkpoint_every=1000,
-        rollouts_every=1000, enable_progress_bar=False,
+        folder / "run", callbacks=[watch, *callbacks], accelerator="cpu", max_steps=warm_up + steps,
+        checkpoint_every=1000, rollouts_every=1000, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     with (folder / "run" / "metrics.csv").open() as stream:
@@ -115,15 +136,19 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of OnPolicyDistillation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the module, its sampler., its teacher."
+    )
     given = parser.parse_args()
     settings = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in given.set)}
+    where = surroundings(distillkit=distillkit.__version__, lightning=pl.__version__)
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(
             CASES[given.case], given.method, steps=given.steps, warm_up=given.warm_up, settings=settings,
-            folder=Path(scratch),
+            folder=Path(scratch), seed=given.seed,
         )  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps({**found, **where}))
 
 
 if __name__ == "__main__":

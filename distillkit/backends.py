@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.backbone import Batching, available
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.types import RolloutBatch, StudentScores, TeacherScores
 
 __all__ = ["LocalBackend", "StepBackend"]
@@ -31,6 +32,10 @@ class StepBackend(ABC):
         self, batch: RolloutBatch, plan: ScorePlan, teacher: TeacherScores | None, reference: TeacherScores | None
     ) -> StudentScores:
         """Run one forward of the (wrapped) student."""
+
+    def available(self, batching: Batching) -> Batching:
+        """Return `batching`, or `sorted` where the student runs no packed rows."""
+        return "sorted" if batching == "packed" else batching
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -80,6 +85,9 @@ class LocalBackend(StepBackend):
         with nullcontext() if self.autocast is None else torch.autocast(device, dtype=self.autocast):
             scores: StudentScores = self.scorer(batch, plan, teacher, reference)
         return scores
+
+    def available(self, batching: Batching) -> Batching:
+        return available(batching, self.scorer.model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()

@@ -36,7 +36,7 @@ from distillkit.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = [
     "Aggregation",

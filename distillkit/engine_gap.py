@@ -12,7 +12,7 @@ from torch import Tensor
 from distillkit.backends import StepBackend
 from distillkit.components import StudentInfo
 from distillkit.errors import RolloutError, TrainingStopped, problem
-from distillkit.models import ScorePlan
+from distillkit.scorer import ScorePlan
 from distillkit.types import RolloutBatch, RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:

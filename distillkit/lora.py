@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from distillkit.components import StudentBase
 from distillkit.errors import ConfigError, ModelError, did_you_mean, problem
-from distillkit.models import StudentScorer, fingerprint
+from distillkit.models import fingerprint
+from distillkit.scorer import StudentScorer
 
 if TYPE_CHECKING:
     from peft import PeftModel

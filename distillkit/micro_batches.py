@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distillkit.backbone import Batching, token_batches
 from distillkit.backends import StepBackend
-from distillkit.functional.packing import micro_batches
 from distillkit.types import RolloutBatch
 
 __all__ = ["MicroBatch", "minibatches", "split"]
@@ -19,12 +19,14 @@ __all__ = ["MicroBatch", "minibatches", "split"]
 class MicroBatch:
     """Rollouts `index` [n] of the batch; `real` is False for the dummy that keeps a rank in step with the others.
 
-    `most_tokens` is the largest number of trainable tokens that a rank has in its micro-batch of the same turn.
+    `most_tokens` is the largest number of trainable tokens that a rank has in its micro-batch of the same turn;
+    `packed` says that the rollouts go as one row, see `distillkit.packed`.
     """
 
     index: Tensor
     real: bool
     most_tokens: int
+    packed: bool
 
 
 def minibatches(rollouts: RolloutBatch, number: int, seed: int, backend: StepBackend) -> Iterator[Tensor]:
@@ -54,21 +56,24 @@ def minibatches(rollouts: RolloutBatch, number: int, seed: int, backend: StepBac
         yield own == i
 
 
-def split(rollouts: RolloutBatch, index: Tensor, budget: int, backend: StepBackend) -> Iterator[MicroBatch]:
+def split(
+    rollouts: RolloutBatch, index: Tensor, budget: int, batching: Batching, backend: StepBackend
+) -> Iterator[MicroBatch]:
     """Yield micro-batches of whole rollouts, as many as the rank with the most has, and at least one.
 
     Args:
         rollouts: this rank's batch.
         index: [n] the rollouts to split.
         budget: tokens per micro-batch, padding included.
+        batching: which rollouts go together.
         backend: for agreement between ranks.
     """
-    lengths = rollouts.lengths
-    plan = micro_batches(lengths[index].tolist(), budget)
+    batching = backend.available(batching)
+    plan = token_batches(rollouts.select(index), budget, batching) if len(index) else []
     agreed = max(int(backend.all_reduce(torch.tensor([len(plan)], device=index.device), "max")[0]), 1)
     parts = [index[torch.tensor(positions, device=index.device)] for positions in plan]
-    parts += [lengths.argmin().reshape(1)] * (agreed - len(plan))
+    parts += [rollouts.lengths.argmin().reshape(1)] * (agreed - len(plan))
     tokens = torch.stack([rollouts.loss_mask[part].sum() for part in parts])
     most = backend.all_reduce(tokens, "max").tolist()
     for i, (part, most_tokens) in enumerate(zip(parts, most, strict=True)):
-        yield MicroBatch(index=part, real=i < len(plan), most_tokens=most_tokens)
+        yield MicroBatch(index=part, real=i < len(plan), most_tokens=most_tokens, packed=batching == "packed")

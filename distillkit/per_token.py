@@ -10,7 +10,7 @@ from torch import Tensor
 from distillkit.types import StudentScores
 
 if TYPE_CHECKING:
-    from distillkit.update import PreparedBatch
+    from distillkit.prepared import PreparedBatch
 
 __all__ = ["PerTokenRecord"]
 

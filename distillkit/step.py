@@ -30,8 +30,9 @@ from distillkit.early import EarlyScores
 from distillkit.engine_gap import EngineProbe
 from distillkit.errors import ContractError, RolloutError, problem
 from distillkit.meters import Meters, reward_meters, rollout_meters, staleness_meter
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.prepared import PreparedBatch, StepContext, StepSettings
 from distillkit.refusals import SCHEDULED_SCALARS, StepParts, check_parts, teacher_request
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.types import (
     RewardOutput,
     RolloutBatch,
@@ -42,7 +43,7 @@ from distillkit.types import (
     TeacherScores,
     TokenWeights,
 )
-from distillkit.update import PreparedBatch, StepContext, StepSettings, old_policy_scores, update
+from distillkit.update import old_policy_scores, update
 
 __all__ = ["DistillationStep"]
 

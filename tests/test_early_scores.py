@@ -20,6 +20,7 @@ from distillkit.divergences.sampled import K2
 from distillkit.divergences.topk import TopK
 from distillkit.early import EarlyScores
 from distillkit.errors import ScoringError
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
 from distillkit.samplers.hf import HFSampler
 from distillkit.step import DistillationStep
@@ -28,7 +29,6 @@ from distillkit.teachers.mixture import MixtureTeacher
 from distillkit.teachers.vllm import VLLMTeacher
 from distillkit.testing import char_tokenizer, sample_requests, student_info, tiny_model, tiny_student
 from distillkit.types import RolloutBatch, RolloutGroup, SampleRequest, ScoreRequest, TeacherScores
-from distillkit.update import StepSettings
 from tests.teachers.fake_vllm import FakeVLLM, running, status, waits
 
 KINDS = ["plain", "by row", "averaged", "cached", "by row, each cached"]

@@ -13,10 +13,10 @@ from distillkit.betas.constant import Constant
 from distillkit.components import RolloutSampler
 from distillkit.divergences.sampled import K2
 from distillkit.errors import TrainingStopped
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
 from distillkit.step import DistillationStep
 from distillkit.types import StepOutput
-from distillkit.update import StepSettings
 from tests import toy
 from tests.test_scorer import local_teacher
 

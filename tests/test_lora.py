@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from distillkit.errors import ConfigError, ModelError
 from distillkit.lora import LoraSettings, adapter_state, apply_lora, merged_state_dict
-from distillkit.models import ScorePlan, StudentScorer, enable_gradient_checkpointing
+from distillkit.models import enable_gradient_checkpointing
 from distillkit.samplers.hf import HFSampler
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.training.checkpoints import export_student
 from distillkit.types import RolloutBatch
 from tests import toy

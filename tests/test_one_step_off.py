@@ -12,22 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
+import distillkit.loss
 import distillkit.step
-import distillkit.update
 from distillkit.backends import LocalBackend
 from distillkit.betas.adaptive_kl import AdaptiveKL
 from distillkit.betas.constant import Constant
 from distillkit.components import BetaScheduler
 from distillkit.divergences.sampled import K2
 from distillkit.errors import ConfigError, RolloutError, TrainingStopped
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
 from distillkit.samplers.hf import HFSampler
 from distillkit.samplers.mixed import MixedSampler
 from distillkit.samplers.vllm import VLLMSampler
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.step import DistillationStep
 from distillkit.types import RolloutBatch, RolloutGroup, SampleRequest, StepOutput
-from distillkit.update import StepSettings
 from tests import toy
 from tests.test_scorer import local_teacher
 
@@ -133,14 +133,14 @@ def test_rollouts_are_those_of_the_weights_one_update_ago() -> None:
 
 def test_stale_tokens_are_weighted_by_the_truncated_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, Tensor]] = []
-    plain = distillkit.update._off_policy
+    plain = distillkit.loss._off_policy
 
     def recorded(*arguments: Any) -> Any:
         correction = plain(*arguments)
         seen.append((arguments[-1], correction.distil))
         return correction
 
-    monkeypatch.setattr(distillkit.update, "_off_policy", recorded)
+    monkeypatch.setattr(distillkit.loss, "_off_policy", recorded)
     outputs, backend = run(small(), ahead=True, steps=2)
     rollouts = outputs[1].rollouts
     mask = rollouts.loss_mask

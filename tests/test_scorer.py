@@ -18,13 +18,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distillkit.backbone import LMHead
 from distillkit.components import DivergenceEstimator
 from distillkit.divergences.full import JSD, ForwardKL, ReverseKL
 from distillkit.divergences.sampled import K2, K3
 from distillkit.divergences.topk import TopK
 from distillkit.errors import ModelError
 from distillkit.functional import divergences as reference
-from distillkit.models import LMHead, ScorePlan, StudentScorer, _check_head
+from distillkit.models import _check_head
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.teachers.local import LocalTeacher
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 from tests import toy
@@ -133,7 +135,7 @@ def test_no_tensor_of_all_positions_times_vocabulary_exists_forward_or_backward(
 def test_padded_vocabularies_are_cut_before_the_softmax() -> None:
     batch = toy.batch(PROMPTS)
     limit = len(toy.VOCABULARY)
-    student, teacher = toy.model(0, vocabulary=limit + 3), toy.model(1, vocabulary=limit + 7)
+    student, teacher = toy.model(0, vocabulary=limit + 3).double(), toy.model(1, vocabulary=limit + 7).double()
     scores = local_teacher(teacher, limit).score(batch, ScoreRequest(sampled=True, full=True))
     plan = ScorePlan(sampling_temperature=1.0, distil_temperature=1.0, divergence=ReverseKL())
     output = StudentScorer(student, vocab_limit=limit)(batch, plan, scores)

@@ -19,13 +19,14 @@ from distillkit.divergences.sampled import K1, K2
 from distillkit.errors import ConfigError
 from distillkit.functional.advantages import group_advantages
 from distillkit.maskers.response_level import ResponseLevel
-from distillkit.models import StudentScorer, enable_gradient_checkpointing
+from distillkit.models import enable_gradient_checkpointing
 from distillkit.objectives.grpo import GRPO
 from distillkit.objectives.trrd import TRRD
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
+from distillkit.scorer import StudentScorer
 from distillkit.step import DistillationStep
 from distillkit.types import RewardOutput, RolloutBatch, SampleRequest, StepOutput
-from distillkit.update import StepSettings
 from tests import toy
 from tests.test_scorer import full_logits, local_teacher
 

@@ -14,8 +14,8 @@ from distillkit.components import DivergenceEstimator, RewardFn
 from distillkit.divergences.full import ReverseKL
 from distillkit.divergences.sampled import K2
 from distillkit.objectives.grpo import GRPO
+from distillkit.prepared import StepSettings
 from distillkit.types import RewardOutput, RolloutBatch, RolloutGroup, SampleRequest
-from distillkit.update import StepSettings
 from tests import toy
 from tests.test_scorer import full_logits, local_teacher
 from tests.test_step import EvenDigits, build, close, gradient

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from distillkit.components import RolloutSampler, StudentInfo
-from distillkit.models import StudentScorer
+from distillkit.packed import enable_packing
+from distillkit.scorer import StudentScorer
 from distillkit.types import Rollout, RolloutBatch, RolloutGroup, SampleRequest, SamplingSettings
 
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+-*=>"]
@@ -24,14 +25,16 @@ def tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast
 
 
 def model(seed: int = 0, *, vocabulary: int = len(VOCABULARY), tied: bool = True, layers: int = 2) -> PreTrainedModel:
-    """A random Qwen3 of a few thousand parameters, float32."""
+    """A random Qwen3 of a few thousand parameters, float32, which runs packed rows as a loaded one does."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied,
         pad_token_id=0, eos_token_id=1, initializer_range=0.5,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config)
+    made = Qwen3ForCausalLM(config)
+    assert enable_packing(made)
+    return made
 
 
 def info(vocab_limit: int = len(VOCABULARY)) -> StudentInfo:

@@ -12,7 +12,8 @@ from distillkit.components import StudentInfo
 from distillkit.divergences.full import ReverseKL
 from distillkit.embedded.arithmetic import Row, check_chain, held_out
 from distillkit.embedded.decompositions import alignment, path
-from distillkit.models import ScorePlan, StudentScorer, load_causal_lm, load_tokenizer
+from distillkit.models import load_causal_lm, load_tokenizer
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.types import RolloutBatch, SampleRequest, SamplingSettings, ScoreRequest
 
 __all__ = ["measure"]

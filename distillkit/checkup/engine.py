@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distillkit.checkup.checks import Finding
 from distillkit.checkup.patient import Patient
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.types import RolloutBatch, SamplingSettings
 
 __all__ = ["engine_gap"]

@@ -12,8 +12,9 @@ from distillkit.checkup.checks import Finding
 from distillkit.checkup.patient import Patient
 from distillkit.components import TeacherScorer
 from distillkit.divergences.sampled import K2
-from distillkit.models import ScorePlan, load_tokenizer, vocab_mismatch
+from distillkit.models import load_tokenizer, vocab_mismatch
 from distillkit.refusals import teacher_request
+from distillkit.scorer import ScorePlan
 from distillkit.teachers.local import LocalTeacher
 from distillkit.types import ScoreRequest, TeacherScores
 

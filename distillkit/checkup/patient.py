@@ -16,7 +16,7 @@ from distillkit.data import PromptData
 from distillkit.data.prompts import PreparedPrompt
 from distillkit.errors import ModelError, problem
 from distillkit.lora import apply_lora, student_base
-from distillkit.models import StudentScorer
+from distillkit.scorer import StudentScorer
 from distillkit.training.base import StudentModule
 from distillkit.types import Rollout, RolloutBatch, RolloutGroup, SampleRequest, SamplingSettings
 

@@ -7,7 +7,8 @@ glibc keeps of freed blocks.
 
 from __future__ import annotations
 
-from distillkit.models import chunk_rows
+from distillkit.backbone import chunk_rows
+from distillkit.chunks import block_rows
 from distillkit.planning.allocator import kept_by_malloc
 from distillkit.planning.blocks import Blocks, Phase
 from distillkit.planning.layers import cache_bytes, cache_columns, forward_per_token, saved_columns
@@ -105,10 +106,10 @@ def _scoring(load: Workload, scorer: Scorer) -> Blocks:
     states = 2 * tokens * scorer.shape.hidden * width
     blocks.add("activations", tokens * forward_per_token(scorer.shape, width) + states, block=wide)
     if scorer.role != "reward model":
-        chunk = (
-            4 * load.vocab_limit * min(chunk_rows(load.vocab_limit, scorer.head_chunk), rows * load.sampling.new_tokens)
-        )
-        blocks.add("logits", (3 + (scorer.topk > 0)) * chunk, block=chunk)
+        scored = rows * load.sampling.new_tokens
+        chunk, block = _head_sizes(load, scorer.head_chunk, scored)
+        blocks.add("logits", chunk, block=chunk)
+        blocks.add("logits", (1 + (scorer.topk > 0)) * block, block=block)
     _grids(load, blocks)
     return blocks
 
@@ -118,8 +119,13 @@ def _update(load: Workload) -> list[Blocks]:
     student, rows = load.student, load.micro_batch_rows
     tokens, scored = rows * load.longest, rows * load.sampling.new_tokens
     residual = 4 if load.autocast else load.compute_bytes
-    chunk = 4 * load.vocab_limit * min(chunk_rows(load.vocab_limit, load.head_chunk), scored)
-    # The head's gradient is summed over chunks, and then added to that of earlier micro-batches or of the embedding.
+    chunk, block = _head_sizes(load, load.head_chunk, scored)
+    several = 4 * load.vocab_limit * scored > chunk
+    # A head with hooks is called for each chunk: the gradient of the logits does not take their place, nor where they
+    # are kept, and that of the weights is summed over the calls.
+    called = load.strategy in ("fsdp2", "deepspeed_stage_3")
+    beside = called or not several
+    # The head's gradient is added to that of earlier micro-batches or of the embedding.
     trains_head = load.trainable >= student.parameters
     table = student.head_parameters * load.bytes_per_weight if trains_head else 0
     moments = []
@@ -134,15 +140,26 @@ def _update(load: Workload) -> list[Blocks]:
         elif load.checkpointing:
             _activations(load, blocks, tokens, 1)
         if name == "head":
-            blocks.add("logits", load.head_arrays * chunk, block=chunk)
-            blocks.add("gradients", table * (2 if 4 * load.vocab_limit * scored > chunk else 1), block=table)
+            blocks.add("logits", (load.head_arrays.chunk + beside) * chunk, block=chunk)
+            blocks.add("logits", load.head_arrays.block * block, block=block)
+            blocks.add("gradients", table * (2 if called and several else 1), block=table)
         else:
             _layer_back(load, blocks, tokens)
-            blocks.add("gradients", table if name == "first" or student.tied else 0, block=table)
+            # Tied weights have one gradient of both, unless the head is called or autocast narrows it.
+            apart = student.tied and (called or load.autocast)
+            tables = 1 if name == "first" else (load.micro_batches > 1) + apart
+            blocks.add("gradients", tables * table, block=table)
         if name == "last" or load.micro_batches > 1:
             _gradients(load, blocks)
         moments.append(blocks)
     return moments
+
+
+def _head_sizes(load: Workload, head_chunk: int | None, positions: int) -> tuple[int, int]:
+    """Bytes of a float32 array as large as a head chunk, and of one as large as a block of it."""
+    rows = min(chunk_rows(load.vocab_limit, head_chunk, load.device), positions)
+    width = 4 * load.vocab_limit
+    return width * rows, width * min(rows, block_rows(load.vocab_limit, load.device))
 
 
 def _activations(load: Workload, blocks: Blocks, tokens: int, layers: int) -> None:
@@ -168,7 +185,9 @@ def _layer_back(load: Workload, blocks: Blocks, tokens: int) -> None:
 def _optimizer(load: Workload) -> Blocks:
     blocks, trained = Blocks(), _trained(load)
     _gradients(load, blocks)
-    if load.device == "cuda":  # all tensors at once: one more copy
+    if load.optimizer_fused:
+        pass
+    elif load.device == "cuda":  # all tensors at once: one more copy
         shared = load.ranks if load.strategy in _SHARDED else 1
         blocks.add_tensors("optimizer temporaries", trained, 4 / shared)
     else:  # tensor by tensor

@@ -10,11 +10,11 @@ import torch
 
 from distillkit.data import PromptData
 from distillkit.errors import ConfigError, problem
-from distillkit.models import ScorePlan
 from distillkit.planning.head_arrays import head_arrays
 from distillkit.planning.model_shape import ModelShape, read_shape, shape_of
 from distillkit.planning.workload import SamplerKind, Sampling, Scorer, Strategy, Workload
 from distillkit.refusals import teacher_request
+from distillkit.scorer import ScorePlan
 from distillkit.training.base import StudentModule
 from distillkit.training.fresh import fresh_config
 from distillkit.types import ScoreRequest
@@ -103,6 +103,7 @@ def read_workload(
     )
     autocast = mixed and kind in ("single", "ddp") and bytes_per_weight == 4
     several = settings.inner_epochs * settings.minibatches
+    state_bytes, fused = _optimizer_state(module.make_optimizer, 4 if sharded or lora else bytes_per_weight)
     return Workload(
         name=name,
         student=student,
@@ -114,7 +115,8 @@ def read_workload(
         compute_bytes=2 if mixed and not autocast else bytes_per_weight,
         checkpointing=module.gradient_checkpointing,
         trainable=trainable,
-        optimizer_bytes=_state_bytes(module.make_optimizer, 4 if sharded or lora else bytes_per_weight),
+        optimizer_bytes=state_bytes,
+        optimizer_fused=fused,
         sampling=_sampling(module, data, given),
         prompts_per_step=data.prompts_per_step,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
@@ -233,12 +235,13 @@ def _kind(sampler: Any) -> SamplerKind:
     return "vllm" if "vllm" in name else "none" if "replay" in name else "hf"
 
 
-def _state_bytes(make: Callable[[Any], torch.optim.Optimizer], width: int) -> float:
-    """Bytes of optimizer state per parameter, by one step of the recipe's own optimizer on a small tensor."""
+def _optimizer_state(make: Callable[[Any], torch.optim.Optimizer], width: int) -> tuple[float, bool]:
+    """Bytes of state per parameter, and whether it is fused, by one step of the recipe's own on a small tensor."""
     size = 4096
     parameter = torch.nn.Parameter(torch.zeros(size, dtype=torch.float32 if width == 4 else torch.bfloat16))
     optimizer = make([parameter])
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     tensors = [x for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor) and x.numel() > 1]
-    return sum(x.numel() * x.element_size() for x in tensors) / size
+    state = sum(x.numel() * x.element_size() for x in tensors) / size
+    return state, all(group.get("fused") for group in optimizer.param_groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from distillkit.planning.head_arrays import HeadArrays
 from distillkit.planning.model_shape import ModelShape
 
 __all__ = ["Sampling", "Scorer", "Strategy", "Workload"]
@@ -23,7 +24,7 @@ class Scorer:
         bytes_per_weight: of its dtype.
         local: in the trainer's process, else on servers.
         tokens_per_batch: of one forward.
-        head_chunk: positions per head call; None near 256 MiB.
+        head_chunk: positions per head call; None near 64 MiB on a CPU, 256 MiB elsewhere.
         keeps_hidden: hidden states of all completions are kept, for a divergence over the whole vocabulary.
         topk: K log-probs and ids are kept per token.
         own_weights: False for the student's, adapters off.
@@ -74,11 +75,12 @@ class Workload:
         checkpointing: layers are recomputed in the backward pass.
         trainable: parameters with a gradient.
         optimizer_bytes: state per trainable parameter.
+        optimizer_fused: one kernel updates weights and state, without temporaries.
         sampling: of the rollouts.
         prompts_per_step: over all ranks.
         tokens_per_micro_batch: budget of one forward and backward, padding included.
-        head_chunk: positions per head call; None near 256 MiB.
-        head_arrays: float32 [positions, V] arrays alive at once in a head chunk.
+        head_chunk: positions per head call; None near 64 MiB on a CPU, 256 MiB elsewhere.
+        head_arrays: float32 [positions, V] arrays alive at once while a head chunk is scored.
         vocab_limit: ids that take part in a softmax.
         passes: forward and backward passes over the rollouts (`inner_epochs`).
         updates: optimizer steps.
@@ -98,11 +100,12 @@ class Workload:
     checkpointing: bool
     trainable: int
     optimizer_bytes: float
+    optimizer_fused: bool
     sampling: Sampling
     prompts_per_step: int
     tokens_per_micro_batch: int
     head_chunk: int | None
-    head_arrays: float
+    head_arrays: HeadArrays
     vocab_limit: int
     passes: int = 1
     updates: int = 1

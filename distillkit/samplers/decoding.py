@@ -22,8 +22,9 @@ from distillkit.types import SampleRequest
 
 __all__ = ["Completion", "Decoder", "Forward"]
 
-Forward = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
-"""(input ids [n, q], attention mask [n, C + q], position ids [n, q], cache) -> logits [n, V] of the last position."""
+Forward = Callable[[Tensor, Tensor | None, Tensor, Cache], Tensor]
+"""(input ids [n, q], attended [n, C + q] bool or None for all, position ids [n, q], cache) -> logits [n, V] of the last
+position."""
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, in one prefill (a single longer prompt still goes through whole)."""
@@ -74,6 +75,8 @@ class Decoder:
         pad_id: an id to pad prompts with on the left.
         device: of the model.
         max_rows: rows decoded at once.
+        drop_finished: let a row leave when it ends; else it goes through the model until the last one of its batch.
+        prefill_once: a prompt goes through the model once for its group; else once for each rollout.
     """
 
     def __init__(
@@ -87,8 +90,11 @@ class Decoder:
         pad_id: int,
         device: torch.device,
         max_rows: int,
+        drop_finished: bool = True,
+        prefill_once: bool = True,
     ) -> None:
         self._requests, self._forward, self._new_cache = requests, forward, new_cache
+        self._drop_finished, self._prefill_once = drop_finished, prefill_once
         self._settings = requests[0].settings
         self._vocab_limit, self._pad_id, self._device = vocab_limit, pad_id, device
         self._stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
@@ -109,6 +115,8 @@ class Decoder:
         self._cache = RowCache(new_cache())
         self._slots = np.zeros(0, dtype=np.int64)
         """[n]: the slot of each cache row."""
+        self._over = np.zeros(size, dtype=np.bool_)
+        """[slots]: rollouts that have ended and whose row is still there."""
         self._rows = torch.zeros(3, 0, dtype=torch.long, device=device)
         """[3, n], on the device: the slot, the tokens in the cache and the tokens drawn of each cache row."""
         self._advance = torch.tensor([[0], [1], [1]], device=device)
@@ -130,16 +138,22 @@ class Decoder:
     def _step(self) -> None:
         """Feed the last token of every row and draw the next."""
         slot, seen, drawn = self._rows
+        drawn = drawn.clamp(max=self._settings.max_new_tokens - 1)  # rows that are over draw on, for nothing
         last = self._tokens[slot, drawn - 1]
         columns = self._cache.columns + 1
-        attended = torch.arange(columns, device=self._device) >= columns - 1 - seen.unsqueeze(1)
-        logits = self._forward(last.unsqueeze(1), attended.long(), seen.unsqueeze(1), self._cache)
+        lengths, attended = self._prompt[self._slots] + self._count[self._slots], None
+        if lengths.min() < columns:
+            attended = torch.arange(columns, device=self._device) >= columns - 1 - seen.unsqueeze(1)
+        logits = self._forward(last.unsqueeze(1), attended, seen.unsqueeze(1), self._cache)
         stopped = self._draw(logits, slot, drawn, self._slots)
         self._rows = self._rows + self._advance
         finished = stopped | (self._count[self._slots] == self._settings.max_new_tokens)
+        finished &= ~self._over[self._slots]
         if finished.any():
             self._collect(self._slots[finished], stopped[finished])
-            self._leave(finished)
+            self._over[self._slots[finished]] = True
+            if self._drop_finished or self._over[self._slots].all():
+                self._leave(self._over[self._slots])
 
     def _draw(self, logits: Tensor, slot: Tensor, drawn: Tensor, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Draw a token for each row, write it to the row's slot, and return which rows stopped [n] bool."""
@@ -156,7 +170,7 @@ class Decoder:
         return stopped
 
     def _collect(self, slots: NDArray[np.int64], stopped: NDArray[np.bool_]) -> None:
-        """Copy finished rollouts out and free their slots."""
+        """Copy finished rollouts out."""
         index = torch.from_numpy(slots).to(self._device)
         longest = int(self._count[slots].max())
         tokens, logprobs = self._tokens[index, :longest].cpu(), self._logprobs[index, :longest].cpu()
@@ -165,10 +179,10 @@ class Decoder:
             ids, values = tokens[i, :count].clone(), logprobs[i, :count].clone()
             done = Completion(request=request, rollout=rollout, ids=ids, logprobs=values, stopped=bool(stopped[i]))
             self._done.setdefault(request, []).append(done)
-            self._free.append(slot)
 
     def _leave(self, finished: NDArray[np.bool_]) -> None:
-        """Move the last rows of the cache into the places of finished ones."""
+        """Move the last rows of the cache into the places of finished ones, and free their slots."""
+        self._release(self._slots[finished])
         rows = int((~finished).sum())
         holes, sources = np.flatnonzero(finished[:rows]), rows + np.flatnonzero(~finished[rows:])
         order = np.arange(rows)
@@ -178,6 +192,10 @@ class Decoder:
         self._rows = self._rows[:, on_device[0]]
         columns = int((self._prompt + self._count)[self._slots].max(initial=1)) - 1
         self._cache.fill(on_device[1], on_device[2], rows, columns, self._row_limit())
+
+    def _release(self, slots: NDArray[np.int64]) -> None:
+        self._over[slots] = False
+        self._free += slots.tolist()
 
     def _row_limit(self) -> int:
         return min(self._max_rows, self._slots.size + self._waiting_rows)
@@ -210,8 +228,9 @@ class Decoder:
         """Prefill the prompts of `batch`, draw each rollout's first token, and give a cache row to those that go on."""
         prefilled = batch[0][0].prefilled
         if prefilled is None:
-            prefilled = self._prefill([entry.request for entry, _ in batch])
-            for row, (entry, _) in enumerate(batch):
+            entries = [entry for entry, count in batch for _ in range(1 if self._prefill_once else count)]
+            prefilled = self._prefill([entry.request for entry in entries])
+            for row, entry in enumerate(entries if self._prefill_once else ()):
                 entry.prefilled, entry.row = prefilled, row
         slots: list[int] = []
         source: list[int] = []
@@ -219,7 +238,7 @@ class Decoder:
             for rollout in range(entry.next_rollout, entry.next_rollout + count):
                 slots.append(self._free.pop())
                 self._owner[slots[-1]] = (entry.request, rollout)
-                source.append(entry.row)
+                source.append(entry.row if self._prefill_once else len(source))
             entry.next_rollout += count
             self._waiting_rows -= count
         new, index = np.array(slots), torch.tensor(source, device=self._device)
@@ -234,6 +253,7 @@ class Decoder:
         finished = stopped | (self._settings.max_new_tokens == 1)
         if finished.any():
             self._collect(new[finished], stopped[finished])
+            self._release(new[finished])
         if not finished.all():
             going = torch.from_numpy(np.flatnonzero(~finished)).to(self._device)
             self._slots = np.concatenate([self._slots, new[~finished]])
@@ -250,9 +270,9 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
         positions = np.arange(width) - (width - lengths)[:, None]
-        inputs = [torch.from_numpy(x).to(self._device) for x in (ids, (positions >= 0) + 0, positions.clip(min=0))]
+        inputs = [torch.from_numpy(x).to(self._device) for x in (ids, positions >= 0, positions.clip(min=0))]
         cache = self._new_cache()
-        logits = self._forward(inputs[0], inputs[1], inputs[2], cache)
+        logits = self._forward(inputs[0], inputs[1] if lengths.min() < width else None, inputs[2], cache)
         if cache.get_seq_length() != width:
             got = f"{cache.get_seq_length()} tokens in {type(cache).__name__} after a prompt of {width}"
             raise ModelError(problem("model.sampler: the model did not fill the cache it was given", got=got))

@@ -61,26 +61,34 @@ def draw_tokens(
 
 
 def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The first id whose cumulative probability exceeds the uniform number, among ids of positive probability.
+    """The first id whose cumulative probability exceeds the uniform number; its own probability is positive.
 
     Two levels, blocks of ids and then ids: one pass over [n, V] instead of a cumulative sum over it.
     """
     vocabulary, size = probs.shape[1], 256
+    if vocabulary <= size:
+        cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+        return _first_above(cumulative, uniforms.to(torch.float64).unsqueeze(-1) * cumulative[:, -1:]).squeeze(-1)
     whole = vocabulary // size * size
     mass = probs[:, :whole].reshape(len(probs), -1, size).sum(dim=-1)
     if whole < vocabulary:
         mass = torch.cat([mass, probs[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
     cumulative = mass.cumsum(dim=-1, dtype=torch.float64)
     target = uniforms.to(torch.float64).unsqueeze(-1) * cumulative[:, -1:]
-    block = _first((cumulative > target) & (mass > 0), mass)
+    block = _first_above(cumulative, target)
     ids = block * size + torch.arange(size, device=probs.device)
     inside = probs.gather(-1, ids.clamp(max=vocabulary - 1)).masked_fill(ids >= vocabulary, 0.0)
     rest = target - (cumulative - mass).gather(-1, block)
-    place = _first((inside.cumsum(dim=-1, dtype=torch.float64) > rest) & (inside > 0), inside)
-    return ids.gather(-1, place).squeeze(-1)
+    chosen = ids.gather(-1, _first_above(inside.cumsum(dim=-1, dtype=torch.float64), rest)).squeeze(-1)
+    return chosen.clamp(max=vocabulary - 1)
 
 
-def _first(hit: Tensor, otherwise: Tensor) -> Tensor:
-    """The first True column [n, 1]; in a row that rounding left without one, the largest of `otherwise`."""
-    best = otherwise.argmax(dim=-1, keepdim=True)
-    return torch.where(hit.any(dim=-1, keepdim=True), hit.to(torch.uint8).argmax(dim=-1, keepdim=True), best)
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first column [n, 1] where a cumulative sum [n, k] exceeds `target` [n, 1]: it has risen there.
+
+    A target that rounding put below 0 falls into the first column that added to the sum, one at or beyond the sum into
+    the last.
+    """
+    below = torch.nextafter(cumulative[:, -1:], cumulative.new_zeros(()))
+    column = torch.searchsorted(cumulative, torch.minimum(target.clamp(min=0), below), right=True)
+    return column.clamp(max=cumulative.shape[1] - 1)  # NaN is above everything

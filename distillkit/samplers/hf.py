@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from distillkit.types import Rollout, RolloutGroup, SampleRequest
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from distillkit.models import StudentScorer
     from distillkit.samplers.decoding import Completion, Decoder, Forward
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["HFSampler"]
 
@@ -52,6 +52,9 @@ class HFSampler(RolloutSampler):
         temperature: of the sampling softmax; 0 is greedy (evaluation only).
         top_p: nucleus; below 1 is refused in training, where its importance ratio is not defined.
         rows_per_batch: rollouts decoded at once, the rows of the cache: lower it when memory runs out.
+        drop_finished: a rollout that ends leaves the batch; false keeps it until the last one of its batch ends, which
+            gives the same tokens later.
+        prefill_once: a prompt goes through the model once for its group; false sends it once for each rollout.
     """
 
     same_engine = True
@@ -64,13 +67,18 @@ class HFSampler(RolloutSampler):
         temperature: float = 1.0,
         top_p: float = 1.0,
         rows_per_batch: int = 256,
+        drop_finished: bool = True,
+        prefill_once: bool = True,
     ) -> None:
         super().__init__(group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         if rows_per_batch < 1:
             raise ConfigError(problem("model.sampler.rows_per_batch", got=rows_per_batch, expected="at least 1"))
         self.rows_per_batch = rows_per_batch
+        self.drop_finished, self.prefill_once = drop_finished, prefill_once
         self._info: StudentInfo | None = None
         self._model: nn.Module | None = None
+        self._checked: nn.Module | None = None
+        self._same = False
 
     def setup(self, student: StudentInfo) -> None:
         """Keep what is needed to know about the student's tokens."""
@@ -88,7 +96,7 @@ class HFSampler(RolloutSampler):
 
     def teardown(self) -> None:
         """Let go of the model."""
-        self._model = None
+        self._model = self._checked = None
 
     def sample(self, requests: Sequence[SampleRequest]) -> Iterator[RolloutGroup]:
         """Yield one group per request as soon as its last rollout is finished.
@@ -151,13 +159,15 @@ class HFSampler(RolloutSampler):
                 try:
                     decoder = decoder or Decoder(
                         requests,
-                        forward=_forward(model),
+                        forward=self._fastest_forward(model, new_cache, info.device),
                         new_cache=new_cache,
                         stop_ids=info.eos_token_ids,
                         vocab_limit=info.vocab_limit,
                         pad_id=info.pad_token_id,
                         device=info.device,
                         max_rows=self.rows_per_batch,
+                        drop_finished=self.drop_finished,
+                        prefill_once=self.prefill_once,
                     )
                     finished = decoder.run()
                 except torch.OutOfMemoryError as error:
@@ -171,6 +181,24 @@ class HFSampler(RolloutSampler):
             for completions in finished:
                 request = requests[completions[0].request]
                 yield RolloutGroup(request=request, rollouts=tuple(_rollout(request, c, info) for c in completions))
+
+    def _fastest_forward(self, model: nn.Module, new_cache: Callable[[], Cache], device: torch.device) -> Forward:
+        """The model's own forward, with single tokens through `LeanForward` where that gives the same logits."""
+        from distillkit.samplers.lean_forward import LeanForward, gives_same_logits
+
+        own, inner = _forward(model), _inner(model)
+        if not LeanForward.fits(inner):
+            return own
+        lean = LeanForward(inner)
+        if self._checked is not model:
+            self._checked, self._same = model, gives_same_logits(lean, own, new_cache, device)
+        if not self._same:
+            return own
+
+        def forward(ids: Tensor, attended: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+            return (lean if ids.shape[1] == 1 else own)(ids, attended, positions, cache)
+
+        return forward
 
 
 def _rollout(request: SampleRequest, completion: Completion, info: StudentInfo) -> Rollout:
@@ -224,10 +252,11 @@ def _decoding(model: nn.Module) -> Iterator[None]:
 def _forward(model: nn.Module) -> Forward:
     accepted = inspect.signature(_inner(model).forward).parameters
 
-    def forward(ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-        optional: dict[str, Any] = {"position_ids": position_ids, "logits_to_keep": 1}
+    def forward(ids: Tensor, attended: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        optional: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         chosen = {name: value for name, value in optional.items() if name in accepted}
-        out = model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **chosen)
+        mask = None if attended is None else attended.long()
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **chosen)
         logits: Tensor = out.logits[:, -1]
         return logits
 

@@ -13,7 +13,7 @@ from distillkit.errors import ConfigError, DataError, RolloutError, problem
 from distillkit.types import Rollout, RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["MixedSampler"]
 

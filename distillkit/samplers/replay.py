@@ -15,7 +15,7 @@ from distillkit.errors import ConfigError, DataError, RolloutError, problem
 from distillkit.types import Rollout, RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["ReplaySampler"]
 

@@ -12,8 +12,8 @@ from distillkit.samplers.vllm_weights import StudentWeights
 from distillkit.types import RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
     from distillkit.samplers.vllm_engine import InProcessEngine
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["VLLMSampler"]
 

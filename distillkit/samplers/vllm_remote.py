@@ -23,8 +23,8 @@ from distillkit.samplers.vllm_weights import StudentWeights
 from distillkit.samplers.vllm_worker import BACKEND
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
     from distillkit.samplers.vllm_server import VLLMServerSampler
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["RemoteEngine"]
 

@@ -14,7 +14,7 @@ from distillkit.errors import ConfigError, RolloutError, problem
 from distillkit.types import Rollout, SampleRequest
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["EngineCompletion", "check_above_zero", "check_lengths", "engine_config", "parameters", "rollout"]
 

@@ -13,7 +13,7 @@ from distillkit.samplers.vllm_requests import check_above_zero, check_lengths, p
 from distillkit.types import RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["VLLMServerSampler"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distillkit.errors import ModelError, problem
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["Part", "Piece", "StudentWeights", "assemble"]
 

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from distillkit.backbone import chunk_rows
 from distillkit.errors import ScoringError, problem
 from distillkit.functional.logprobs import entropy, log_softmax, scatter_tokens
-from distillkit.models import chunk_rows
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 
 __all__ = ["averaged", "routed"]
@@ -113,7 +113,7 @@ def _summaries(
     states: Tensor, head: _Head, request: ScoreRequest, vocab_limit: int, head_chunk: int | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Top-k log-probs and ids [M, K], entropies [M] of the states [M, ΣH]."""
-    k, rows = min(request.topk, vocab_limit), chunk_rows(vocab_limit, head_chunk)
+    k, rows = min(request.topk, vocab_limit), chunk_rows(vocab_limit, head_chunk, states.device.type)
     values, ids, spread = [], [], []
     for start in range(0, max(len(states), 1), rows):
         logits = head(states[start : start + rows])

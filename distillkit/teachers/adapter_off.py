@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
+from distillkit.backbone import Batching, LMHead
 from distillkit.components import StudentBase, StudentInfo, TeacherScorer
 from distillkit.errors import ConfigError, ScoringError, problem
-from distillkit.models import LMHead
 from distillkit.teachers.scoring import score_rollouts
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 
@@ -22,7 +22,8 @@ class AdapterOffTeacher(TeacherScorer):
 
     Args:
         tokens_per_batch: token budget of one forward, padding included.
-        head_chunk: token positions per head call; None keeps a chunk's logits near 256 MiB.
+        batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere.
 
     Raises:
         ConfigError: at setup, when the student has no adapters.
@@ -30,8 +31,11 @@ class AdapterOffTeacher(TeacherScorer):
     Adapters are switched off in the student itself while this scores: nothing else may use it meanwhile.
     """
 
-    def __init__(self, *, tokens_per_batch: int = 16384, head_chunk: int | None = None) -> None:
+    def __init__(
+        self, *, tokens_per_batch: int = 16384, batching: Batching = "packed", head_chunk: int | None = None
+    ) -> None:
         self.tokens_per_batch = tokens_per_batch
+        self.batching = batching
         self.head_chunk = head_chunk
         self._base: StudentBase | None = None
         self._limit = 0
@@ -63,6 +67,7 @@ class AdapterOffTeacher(TeacherScorer):
                 request,
                 vocab_limit=self._limit,
                 tokens_per_batch=self.tokens_per_batch,
+                batching=self.batching,
                 head_chunk=self.head_chunk,
             )
 

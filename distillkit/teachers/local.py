@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from distillkit.backbone import Batching, LMHead
 from distillkit.components import StudentInfo, TeacherScorer
 from distillkit.errors import ScoringError, problem
-from distillkit.models import (
-    Dtype,
-    LMHead,
-    fingerprint,
-    load_causal_lm,
-    model_vocab_size,
-)
+from distillkit.models import Dtype, fingerprint, load_causal_lm, model_vocab_size
 from distillkit.teachers._tokenizer import Tolerated, uncounted_end_ids
 from distillkit.teachers.scoring import score_rollouts
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
@@ -30,7 +25,8 @@ class LocalTeacher(TeacherScorer):
         path: local checkpoint folder, hub name, or `embedded:teacher`.
         dtype: of the weights; `auto` is the checkpoint's.
         tokens_per_batch: token budget of one forward, padding included.
-        head_chunk: token positions per head call; None keeps a chunk's logits near 256 MiB.
+        batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere.
         tolerate: differences from the student's tokenizer to accept: `chat_template`, or `eos` (end tokens that differ
             are then left out of the teacher's signal). Differing token ids are never accepted.
 
@@ -44,12 +40,14 @@ class LocalTeacher(TeacherScorer):
         path: str,
         dtype: Dtype = "auto",
         tokens_per_batch: int = 16384,
+        batching: Batching = "packed",
         head_chunk: int | None = None,
         tolerate: tuple[Tolerated, ...] = (),
     ) -> None:
         self.path = path
         self.dtype = dtype
         self.tokens_per_batch = tokens_per_batch
+        self.batching = batching
         self.head_chunk = head_chunk
         self.tolerate = tuple(tolerate)
         self._model: PreTrainedModel | None = None
@@ -88,6 +86,7 @@ class LocalTeacher(TeacherScorer):
             request,
             vocab_limit=self._student.vocab_limit,
             tokens_per_batch=self.tokens_per_batch,
+            batching=self.batching,
             head_chunk=self.head_chunk,
             unscored_ids=self._masked_ids,
         )

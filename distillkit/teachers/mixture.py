@@ -35,7 +35,8 @@ class MixtureTeacher(TeacherScorer):
         teachers: by name; each has the student's token ids.
         route: column of the dataset rows whose value is a teacher's name; None averages.
         weights: w_i by name, above 0, one for each teacher; divided by their sum. None: all equal.
-        head_chunk: token positions per head call for top-k and entropy of an average; None keeps a chunk near 256 MiB.
+        head_chunk: token positions per head call for top-k and entropy of an average; None keeps a chunk near 64 MiB
+            on a CPU, 256 MiB elsewhere.
 
     Raises:
         ConfigError: no teachers, both `route` and `weights`, or weights that are not one positive number per teacher.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distillkit.backbone import Batching, LMHead, available, chunk_rows, predicting_states, token_batches
+from distillkit.chunks import Columns, Score, score_positions
 from distillkit.functional.logprobs import entropy, log_softmax, scatter_tokens, token_logprobs
-from distillkit.functional.packing import micro_batches
-from distillkit.models import LMHead, chunk_rows, predicting_states
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 
 __all__ = ["score_rollouts"]
@@ -22,6 +22,7 @@ def score_rollouts(
     *,
     vocab_limit: int,
     tokens_per_batch: int,
+    batching: Batching,
     head_chunk: int | None,
     unscored_ids: tuple[int, ...] = (),
 ) -> TeacherScores:
@@ -34,7 +35,8 @@ def score_rollouts(
         request: what to say about each token.
         vocab_limit: ids at or beyond it take part in no softmax.
         tokens_per_batch: token budget of one forward, padding included.
-        head_chunk: token positions per head call; None keeps a chunk's logits near 256 MiB.
+        batching: which rollouts share a forward, and how.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere.
         unscored_ids: tokens of these ids are not valid.
     """
     shape, device = rollouts.tokens.shape, rollouts.tokens.device
@@ -45,25 +47,23 @@ def score_rollouts(
     topk = torch.zeros(*shape, k, dtype=wide, device=device) if k else None
     topk_ids = torch.zeros(*shape, k, dtype=torch.long, device=device) if k else None
     hidden: list[Tensor] = [torch.empty(0)] * len(rollouts)
-    rows = chunk_rows(vocab_limit, head_chunk)
-    for positions in micro_batches(rollouts.lengths.tolist(), tokens_per_batch):
+    rows = chunk_rows(vocab_limit, head_chunk, device.type)
+    batching = available(batching, model)
+    for positions in token_batches(rollouts, tokens_per_batch, batching):
         index = torch.tensor(positions, device=device)
         part = rollouts.select(index)
         length, mask = part.tokens.shape[1], part.loss_mask
-        states = predicting_states(model, part)
+        states = predicting_states(model, part, packed=batching == "packed")
         if request.needs_distribution:
             for i, own in zip(positions, states.split(mask.sum(dim=1).tolist()), strict=True):
                 hidden[i] = own
         if sampled is None and topk is None and spread is None:
             continue
         targets = part.tokens[mask]
-        found = [
-            _chunk(head(states[i : i + rows])[:, :vocab_limit], targets[i : i + rows], request, k)
-            for i in range(0, len(targets), rows)
-        ]
-        for grid, column in zip((sampled, topk, topk_ids, spread), zip(*found, strict=True), strict=False):
-            if grid is not None:
-                grid[index, :length] = scatter_tokens(torch.cat([c for c in column if c is not None]), mask)
+        columns = _columns(head, states, targets, request, vocab_limit, rows)
+        for grid, column in zip((sampled, topk, topk_ids, spread), columns, strict=True):
+            if grid is not None and column is not None:
+                grid[index, :length] = scatter_tokens(column, mask)
     valid = rollouts.loss_mask
     if unscored_ids:
         valid = valid & ~torch.isin(rollouts.tokens, torch.tensor(unscored_ids, device=device))
@@ -78,10 +78,21 @@ def score_rollouts(
     )
 
 
-def _chunk(logits: Tensor, targets: Tensor, request: ScoreRequest, k: int) -> tuple[Tensor | None, ...]:
-    """Sampled log-probs [m], top-k log-probs and ids [m, K], entropies [m] of one chunk of logits [m, V]."""
-    temperature = request.temperature
-    sampled = token_logprobs(logits, targets, temperature) if request.sampled else None
-    best = log_softmax(logits, temperature).topk(k, dim=-1) if k else None
-    spread = entropy(logits, temperature) if request.entropy else None
-    return sampled, None if best is None else best.values, None if best is None else best.indices, spread
+def _columns(
+    head: LMHead, states: Tensor, targets: Tensor, request: ScoreRequest, vocab_limit: int, rows: int
+) -> Columns:
+    """Sampled log-probs [M], top-k log-probs and ids [M, K], entropies [M] of positions with states [M, H]."""
+    k, temperature = min(request.topk, vocab_limit), request.temperature
+
+    def score(logits: Tensor, ids: Tensor) -> Columns:
+        sampled = token_logprobs(logits, ids, temperature) if request.sampled else None
+        best = log_softmax(logits, temperature).topk(k, dim=-1) if k else None
+        spread = entropy(logits, temperature) if request.entropy else None
+        return sampled, None if best is None else best.values, None if best is None else best.indices, spread
+
+    def prepare(chunk: slice, *_: object) -> Score:
+        own = targets[chunk]
+        return lambda raw, block: score(head.finish(raw), own[block])
+
+    chunks = [slice(start, start + rows) for start in range(0, max(len(targets), 1), rows)]
+    return score_positions(head, states, prepare, carries=[False] * 4, limit=vocab_limit, chunks=chunks)

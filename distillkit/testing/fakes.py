@@ -26,7 +26,7 @@ from distillkit.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = [
     "VOCABULARY",
@@ -284,7 +284,7 @@ def tiny_model(seed: int = 0) -> PreTrainedModel:
 
 def tiny_student(seed: int = 0) -> StudentScorer:
     """Return `tiny_model` as the student of a step."""
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
     return StudentScorer(tiny_model(seed), vocab_limit=len(VOCABULARY))
 

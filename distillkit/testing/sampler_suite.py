@@ -16,7 +16,7 @@ from distillkit.testing.findings import Findings, close
 from distillkit.types import Rollout, RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:
-    from distillkit.models import StudentScorer
+    from distillkit.scorer import StudentScorer
 
 __all__ = ["check_sampler"]
 

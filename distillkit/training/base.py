@@ -19,7 +19,6 @@ from distillkit.errors import ConfigError, DataError, ModelError, problem
 from distillkit.lora import LoraSettings, adapter_state, apply_lora, check_same_lora, student_base
 from distillkit.models import (
     Dtype,
-    StudentScorer,
     enable_gradient_checkpointing,
     end_token_ids,
     fingerprint,
@@ -28,6 +27,7 @@ from distillkit.models import (
     model_vocab_size,
 )
 from distillkit.schedules import unfinished
+from distillkit.scorer import StudentScorer
 from distillkit.training.checkpoints import random_states, restore_random
 from distillkit.training.ending import EndWithError
 from distillkit.training.evaluating import EvaluatingModule
@@ -264,7 +264,9 @@ class StudentModule(EvaluatingModule):
         self._step_scheduler(output)
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.rollout_step)
-        self.log_dict(metrics, logger=False, batch_size=1)
+        # For callbacks that monitor. `log_dict` goes through every name for each: most of the time of a small step.
+        values = torch.tensor([float(value) for value in metrics.values()], device=self.device).unbind()
+        self.trainer.callback_metrics.update(zip(metrics, values, strict=True))
         self.last_output = output
         # Lightning validates after the step that asks it to stop, and not after the one that max_steps ends.
         self.trainer.should_stop |= 0 < self.trainer.max_steps <= self.rollout_step

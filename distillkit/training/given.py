@@ -19,8 +19,9 @@ from distillkit.components import BetaScheduler, DivergenceEstimator, PolicyObje
 from distillkit.data.prompts import PreparedPrompt
 from distillkit.errors import DataError, problem
 from distillkit.meters import Meters
-from distillkit.models import ScorePlan
+from distillkit.prepared import PreparedBatch, StepContext, StepSettings
 from distillkit.refusals import check_supervised
+from distillkit.scorer import ScorePlan
 from distillkit.types import (
     RewardOutput,
     Rollout,
@@ -33,7 +34,7 @@ from distillkit.types import (
     TeacherScores,
     TokenWeights,
 )
-from distillkit.update import PreparedBatch, StepContext, StepSettings, update
+from distillkit.update import update
 
 __all__ = ["SupervisedStep", "given_rollouts"]
 
@@ -122,7 +123,7 @@ class SupervisedStep:
 
     Args:
         student: its tokenizer, vocabulary limit, end tokens and device.
-        settings: `tokens_per_micro_batch`, `max_grad_norm` and `distil_temperature` are used.
+        settings: `tokens_per_micro_batch`, `batching`, `max_grad_norm` and `distil_temperature` are used.
         teacher: scores the given tokens; set up by the caller.
         divergence: of whole distributions or top-k tokens.
         beta: coefficient of the divergence.

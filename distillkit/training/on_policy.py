@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
+from distillkit.backbone import Batching
 from distillkit.betas.constant import Constant
 from distillkit.components import (
     Aggregation,
@@ -25,12 +26,12 @@ from distillkit.components import (
 from distillkit.data import PromptBatch
 from distillkit.lora import LoraSettings
 from distillkit.models import Dtype
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts, check_parts
 from distillkit.rewards import as_reward
 from distillkit.step import DistillationStep
 from distillkit.training.base import StudentModule, at_least
 from distillkit.types import SampleRequest
-from distillkit.update import StepSettings
 
 __all__ = ["OnPolicyDistillation"]
 
@@ -58,7 +59,9 @@ class OnPolicyDistillation(StudentModule):
         inner_epochs: passes over each rollout batch.
         minibatches: updates per pass.
         tokens_per_micro_batch: token budget of one forward and backward, padding included.
-        head_chunk: token positions per call of the output head; null keeps a chunk's logits near 256 MiB.
+        batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
+        head_chunk: token positions per call of the output head; null keeps a chunk's logits near 64 MiB on a CPU and
+            256 MiB elsewhere.
         max_grad_norm: global gradient norm; null does not clip.
         distil_temperature: of both sides in divergences.
         policy_weight: factor on the objective's advantages.
@@ -96,6 +99,7 @@ class OnPolicyDistillation(StudentModule):
         inner_epochs: int = 1,
         minibatches: int = 1,
         tokens_per_micro_batch: int = 16384,
+        batching: Batching = "packed",
         head_chunk: int | None = None,
         max_grad_norm: float | None = 1.0,
         distil_temperature: float = 1.0,
@@ -109,7 +113,7 @@ class OnPolicyDistillation(StudentModule):
         dtype: Dtype = "float32",
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
         validate_at_start: bool = True,
@@ -146,6 +150,7 @@ class OnPolicyDistillation(StudentModule):
             inner_epochs=at_least("inner_epochs", inner_epochs, 1),
             minibatches=at_least("minibatches", minibatches, 1),
             tokens_per_micro_batch=at_least("tokens_per_micro_batch", tokens_per_micro_batch, 1),
+            batching=batching,
             max_grad_norm=max_grad_norm,
             distil_temperature=distil_temperature,
             policy_weight=policy_weight,

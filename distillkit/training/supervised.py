@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel
 
+from distillkit.backbone import Batching
 from distillkit.betas.constant import Constant
 from distillkit.components import (
     BetaScheduler,
@@ -22,12 +23,12 @@ from distillkit.data import PromptBatch
 from distillkit.errors import ConfigError, problem
 from distillkit.lora import LoraSettings
 from distillkit.models import Dtype
+from distillkit.prepared import StepSettings
 from distillkit.refusals import check_supervised
 from distillkit.rewards import as_reward
 from distillkit.training.base import StudentModule, at_least
 from distillkit.training.fresh import check_entries, fresh_causal_lm, fresh_config, fresh_fingerprint
 from distillkit.training.given import SupervisedStep, given_rollouts
-from distillkit.update import StepSettings
 
 __all__ = ["SupervisedModule"]
 
@@ -53,7 +54,9 @@ class SupervisedModule(StudentModule):
         sft_weight: coefficient of the cross-entropy; 0 distils alone.
         aggregation: mean over the update's tokens (token), or over each completion's tokens, then over completions.
         tokens_per_micro_batch: token budget of one forward and backward, padding included.
-        head_chunk: token positions per call of the output head; null keeps a chunk's logits near 256 MiB.
+        batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
+        head_chunk: token positions per call of the output head; null keeps a chunk's logits near 64 MiB on a CPU and
+            256 MiB elsewhere.
         max_grad_norm: global gradient norm; null does not clip.
         distil_temperature: of both sides in the divergence.
         dtype: of the student's weights.
@@ -84,13 +87,14 @@ class SupervisedModule(StudentModule):
         sft_weight: float = 1.0,
         aggregation: Literal["token", "sequence"] = "token",
         tokens_per_micro_batch: int = 16384,
+        batching: Batching = "packed",
         head_chunk: int | None = None,
         max_grad_norm: float | None = 1.0,
         distil_temperature: float = 1.0,
         dtype: Dtype = "float32",
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
         validate_at_start: bool = True,
@@ -114,6 +118,7 @@ class SupervisedModule(StudentModule):
         self.sft_weight, self.aggregation = sft_weight, aggregation
         self.settings = StepSettings(
             tokens_per_micro_batch=at_least("tokens_per_micro_batch", tokens_per_micro_batch, 1),
+            batching=batching,
             max_grad_norm=max_grad_norm,
             distil_temperature=distil_temperature,
         )

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from distillkit.models import StudentScorer
 from distillkit.rewards.answer import AnswerReward
 from distillkit.samplers.hf import HFSampler
+from distillkit.scorer import StudentScorer
 from distillkit.teachers.local import LocalTeacher
 from distillkit.types import RewardOutput, RolloutBatch, RolloutGroup, SampleRequest, ScoreRequest, TeacherScores
 

@@ -19,13 +19,14 @@ from distillkit.betas.constant import Constant
 from distillkit.components import RolloutSampler, StudentInfo
 from distillkit.divergences.sampled import K2
 from distillkit.errors import TrainingStopped
-from distillkit.models import ScorePlan, StudentScorer, load_causal_lm, load_tokenizer
+from distillkit.models import load_causal_lm, load_tokenizer
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
 from distillkit.samplers.hf import HFSampler
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.step import DistillationStep
 from distillkit.teachers.local import LocalTeacher
 from distillkit.types import RolloutBatch, RolloutGroup, SampleRequest, SamplingSettings
-from distillkit.update import StepSettings
 
 PROMPTS = ["8*9+7>", "1+2*3-4>", "5-6>", "3+4*5-6+7>"]
 

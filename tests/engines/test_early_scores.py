@@ -25,6 +25,7 @@ from distillkit.betas.constant import Constant
 from distillkit.clock import PhaseClock
 from distillkit.divergences.topk import TopK
 from distillkit.models import load_causal_lm
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
 from distillkit.samplers.vllm_server import VLLMServerSampler
 from distillkit.step import DistillationStep
@@ -33,7 +34,6 @@ from distillkit.teachers.mixture import MixtureTeacher
 from distillkit.teachers.vllm import VLLMTeacher
 from distillkit.teachers.vllm_client import ServerPool
 from distillkit.types import RolloutGroup, SampleRequest, TeacherScores
-from distillkit.update import StepSettings
 from tests.engines import shared
 from tests.engines.vllm_server import VLLMServer
 

@@ -21,23 +21,23 @@ from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e vllm")
 
+import distillkit.loss
 import distillkit.step
-import distillkit.update
 from distillkit.ahead import RolloutsAhead
 from distillkit.backends import LocalBackend
 from distillkit.betas.constant import Constant
 from distillkit.components import RolloutSampler, StudentInfo
 from distillkit.divergences.sampled import K2
 from distillkit.errors import TrainingStopped
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
 from distillkit.samplers.vllm import VLLMSampler
 from distillkit.samplers.vllm_client import ServerClient
 from distillkit.samplers.vllm_server import VLLMServerSampler
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.step import DistillationStep
 from distillkit.teachers.local import LocalTeacher
 from distillkit.types import RolloutBatch, SampleRequest, StepOutput
-from distillkit.update import StepSettings
 from tests.engines import shared
 from tests.engines.shared import student
 
@@ -128,14 +128,14 @@ def test_rollouts_are_one_update_old_and_corrected_for_it(
     sampler: RolloutSampler, info: StudentInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, Tensor]] = []
-    plain = distillkit.update._off_policy
+    plain = distillkit.loss._off_policy
 
     def recorded(*arguments: Any) -> Any:
         correction = plain(*arguments)
         seen.append((arguments[-1], correction.distil))
         return correction
 
-    monkeypatch.setattr(distillkit.update, "_off_policy", recorded)
+    monkeypatch.setattr(distillkit.loss, "_off_policy", recorded)
     step, backend = stepper(sampler, info, ahead=True, lr=2e-3)
     outputs = run(step, backend, info, steps=4)
     assert [output.metrics["train/staleness"] for output in outputs] == [0.0, 1.0, 1.0, 1.0]

@@ -19,8 +19,8 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e v
 
 from distillkit.components import StudentInfo
 from distillkit.errors import ConfigError, ModelError, RolloutError
-from distillkit.models import StudentScorer
 from distillkit.samplers.vllm import VLLMSampler
+from distillkit.scorer import StudentScorer
 from distillkit.types import RolloutGroup, SampleRequest
 from tests.engines import shared
 from tests.engines.shared import requests, student

@@ -22,8 +22,8 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e v
 
 from distillkit.components import StudentInfo
 from distillkit.errors import ConfigError, ModelError, RolloutError
-from distillkit.models import StudentScorer
 from distillkit.samplers.vllm_server import VLLMServerSampler
+from distillkit.scorer import StudentScorer
 from distillkit.types import RolloutGroup, SampleRequest
 from tests.engines import shared
 from tests.engines.shared import gap, in_order, move, requests, student

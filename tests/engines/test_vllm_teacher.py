@@ -19,8 +19,9 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: tox -e v
 from distillkit import embedded
 from distillkit.components import StudentInfo
 from distillkit.errors import ConfigError, ModelError, ScoringError
-from distillkit.models import StudentScorer, load_causal_lm, load_tokenizer
+from distillkit.models import load_causal_lm, load_tokenizer
 from distillkit.samplers.hf import HFSampler
+from distillkit.scorer import StudentScorer
 from distillkit.teachers.local import LocalTeacher
 from distillkit.teachers.vllm import VLLMTeacher
 from distillkit.testing import check

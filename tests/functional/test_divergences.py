@@ -236,3 +236,23 @@ def test_low_temperature_matches_float64() -> None:
         assert wide.grad is not None and narrow.grad is not None
         # Gradients are sums of terms near 100 nats; float32 holds those to about 1e-5.
         torch.testing.assert_close(narrow.grad.double(), wide.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_the_written_gradient_of_a_kl_is_that_of_finite_differences_and_of_autograd(name: str) -> None:
+    ours, theirs = (logits(3, 7, seed=seed, scale=2.0).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(FULL[name], (ours, theirs))
+    ours, theirs = (side.detach() for side in (ours, theirs))
+    ours[:, 2] = theirs[:, 2] = -torch.inf  # impossible on both sides: 0 · log 0
+    first, second = (ours, theirs) if name == "reverse_kl" else (theirs, ours)
+    first[:, 4] = -torch.inf  # impossible where it weighs
+    kept = [0, 1, 3, 4, 5, 6]
+    found, expected = ours.clone().requires_grad_(), ours.clone().requires_grad_()
+    value = FULL[name](found, theirs)
+    logp, logq = ((expected if side is ours else side)[:, kept].log_softmax(-1) for side in (first, second))
+    terms = torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp.clamp(min=-1e30) - logq))
+    torch.testing.assert_close(value, terms.sum(-1), rtol=0, atol=1e-12)
+    column = torch.rand(3, dtype=torch.float64)
+    (value @ column).backward()
+    (terms.sum(-1) @ column).backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12)

@@ -25,8 +25,9 @@ from torch import Tensor
 from distillkit.backends import ReduceOp, StepBackend
 from distillkit.betas.constant import Constant
 from distillkit.components import RewardFn, RolloutSampler, TeacherScorer
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.prepared import StepSettings
 from distillkit.refusals import StepParts
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.step import DistillationStep
 from distillkit.types import (
     RewardOutput,
@@ -40,7 +41,6 @@ from distillkit.types import (
     TeacherScores,
     TokenScores,
 )
-from distillkit.update import StepSettings
 from tests import toy
 
 A, B = toy.VOCABULARY.index("0"), toy.VOCABULARY.index("1")  # the letters a and b

@@ -13,7 +13,7 @@ from distillkit.maskers.group_level import GroupLevel
 from distillkit.maskers.response_level import ResponseLevel
 from distillkit.maskers.routed import Routed
 from distillkit.objectives.grpo import GRPO
-from distillkit.update import StepSettings
+from distillkit.prepared import StepSettings
 from tests.objectives.by_hand import advantages, run
 
 PLAIN: dict[str, Any] = {"std": False, "aggregation": "token"}

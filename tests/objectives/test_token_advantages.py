@@ -21,7 +21,7 @@ from distillkit.maskers.routed import Routed
 from distillkit.objectives.grpo import GRPO
 from distillkit.objectives.rlsd import RLSD
 from distillkit.objectives.trrd import TRRD
-from distillkit.update import StepSettings
+from distillkit.prepared import StepSettings
 from tests.objectives.by_hand import advantages, run
 
 PLAIN: dict[str, Any] = {"std": False, "aggregation": "token"}

@@ -17,7 +17,8 @@ import torch
 from distillkit.backends import LocalBackend
 from distillkit.cli.parsed import parse_recipe
 from distillkit.components import StudentInfo
-from distillkit.models import StudentScorer, enable_gradient_checkpointing, load_causal_lm
+from distillkit.models import enable_gradient_checkpointing, load_causal_lm
+from distillkit.scorer import StudentScorer
 from distillkit.step import DistillationStep
 from distillkit.types import SampleRequest
 

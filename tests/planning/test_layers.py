@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from distillkit import registry
-from distillkit.models import ScorePlan
 from distillkit.planning.head_arrays import head_arrays
 from distillkit.planning.known_models import KNOWN_MODELS
 from distillkit.planning.layers import cache_columns, saved_columns
 from distillkit.planning.model_shape import read_shape, shape_of
 from distillkit.samplers.row_cache import RowCache
+from distillkit.scorer import ScorePlan
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 200, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -98,14 +98,17 @@ def test_the_planned_columns_are_those_of_the_samplers_cache() -> None:
 
 
 def test_a_divergence_is_counted_by_running_it() -> None:
-    def arrays(name: str | None, **more: Any) -> float:
+    def arrays(name: str | None, **more: Any) -> tuple[float, float]:
         part = None if name is None else registry.load(registry.find("divergence", name))()
         plan = ScorePlan(sampling_temperature=1.0, distil_temperature=more.pop("distil", 1.0), divergence=part)
-        return head_arrays(plan, autocast=more.pop("autocast", False))
+        found = head_arrays(plan, autocast=more.pop("autocast", False))
+        return found.chunk, found.block
 
-    counts = {name: arrays(name) for name in (None, "k2", "topk", "reverse_kl", "jsd")}
-    assert counts[None] == pytest.approx(4, abs=0.3)
-    assert counts["k2"] == pytest.approx(4, abs=0.3)
-    assert counts["k2"] < counts["topk"] < counts["reverse_kl"] < counts["jsd"]
-    assert arrays(None, distil=0.5) == pytest.approx(5, abs=0.3)
-    assert arrays(None, autocast=True) == pytest.approx(4, abs=0.3)
+    # Logits, whose gradient takes their place; log-softmax, the gradient in it, and that in the logits.
+    assert arrays(None) == pytest.approx((1, 3), abs=0.1)
+    assert arrays("k2") == pytest.approx((1, 3), abs=0.1)
+    assert arrays(None, distil=0.5) == pytest.approx((1, 4), abs=0.1)
+    assert arrays(None, autocast=True) == pytest.approx((0.5, 3), abs=0.1)
+    (topk, some), (full, more), (_, most) = (arrays(name) for name in ("topk", "reverse_kl", "jsd"))
+    assert topk == pytest.approx(1, abs=0.1) and full == pytest.approx(2, abs=0.1)  # the teacher's logits
+    assert 3 < some < more < most

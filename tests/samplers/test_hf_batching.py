@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ def watched(model: nn.Module) -> Iterator[list[tuple[int, int, int]]]:
     """(rows, new tokens per row, real tokens among them) of each forward."""
     calls: list[tuple[int, int, int]] = []
 
-    def look(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+    def look(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         rows, new = kwargs["input_ids"].shape
-        calls.append((rows, new, int(kwargs["attention_mask"][:, -new:].sum())))
+        mask = kwargs["attention_mask"]  # none where no row has padding
+        calls.append((rows, new, rows * new if mask is None else int(mask[:, -new:].sum())))
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
@@ -80,7 +82,10 @@ def test_the_cache_shrinks_when_the_longest_row_leaves() -> None:
     stop = next(t for t in long[3:] if t not in short and t not in long[:3])
     widths: list[int] = []
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["attention_mask"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: widths.append(
+            kwargs["past_key_values"].get_seq_length() + kwargs["input_ids"].shape[1]
+        ),
+        with_kwargs=True,
     )
     groups = list(sampler(model, stop=(stop,)).sample(asked))
     drawn = long.index(stop) + 1
@@ -295,3 +300,31 @@ def test_the_current_weights_are_the_ones_that_sample() -> None:
     assert after != before
     assert after == {r.group_id: [generate(model, r.prompt_ids, (1,), 12)] for r in asked}
     assert drawn.same_engine
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("rows_per_batch", [5, 256])
+@pytest.mark.parametrize("off", [("drop_finished",), ("prefill_once",), ("drop_finished", "prefill_once")])
+def test_switched_off_optimisations_draw_the_same(name: str, rows_per_batch: int, off: tuple[str, ...]) -> None:
+    model = student(name)
+    asked = requests(LENGTHS, group_size=4, max_new_tokens=15, temperature=1.0)
+    on = list(sampler(model, stop=(7, 11, 20), rows_per_batch=rows_per_batch).sample(asked))
+    assert len({len(r.completion_ids) for g in on for r in g.rollouts}) > 5
+    assert close(on, list(sampler(model, stop=(7, 11, 20), rows_per_batch=rows_per_batch, off=off).sample(asked)))
+
+
+def test_a_finished_row_that_is_kept_goes_through_the_model_to_the_end() -> None:
+    model = student("qwen3")
+    asked = requests([5, 5], group_size=3, max_new_tokens=15, temperature=1.0)
+    with watched(model) as calls:
+        groups = list(sampler(model, stop=(7, 11, 20), off=["drop_finished"]).sample(asked))
+    longest = max(len(r.completion_ids) for g in groups for r in g.rollouts)
+    assert [rows for rows, new, _ in calls if new == 1] == [6] * (longest - 1)
+
+
+def test_without_prefill_once_a_prompt_goes_through_for_every_rollout() -> None:
+    model = student("qwen3")
+    asked = requests([6, 6], group_size=4, max_new_tokens=3, temperature=1.0)
+    with watched(model) as calls:
+        list(sampler(model, off=["prefill_once"]).sample(asked))
+    assert calls[0] == (8, 6, 48)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from distillkit.errors import ModelError
-from distillkit.models import StudentScorer
 from distillkit.samplers.vllm_sender import WeightSender
 from distillkit.samplers.vllm_weights import Piece, StudentWeights, assemble
 from distillkit.samplers.vllm_worker import Delivery, differences, received
+from distillkit.scorer import StudentScorer
 from distillkit.testing import tiny_model
 
 peft = pytest.importorskip("peft", reason="adapters need the extra distillkit[lora]")

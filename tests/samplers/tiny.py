@@ -95,8 +95,8 @@ def info(*, stop: Sequence[int] = (EOS,), vocab_limit: int = VOCABULARY, pad: in
     )
 
 
-def sampler(model: PreTrainedModel, *, rows_per_batch: int = 256, **about: Any) -> HFSampler:
-    made = HFSampler(rows_per_batch=rows_per_batch)
+def sampler(model: PreTrainedModel, *, rows_per_batch: int = 256, off: Sequence[str] = (), **about: Any) -> HFSampler:
+    made = HFSampler(rows_per_batch=rows_per_batch, **dict.fromkeys(off, False))
     made.setup(info(**about))
     made.sync(SimpleNamespace(model=model))
     return made

@@ -13,7 +13,8 @@ import torch
 from distillkit.components import StudentBase, StudentInfo
 from distillkit.errors import ConfigError, ScoringError
 from distillkit.lora import LoraSettings, apply_lora
-from distillkit.models import ScorePlan, StudentScorer, enable_gradient_checkpointing
+from distillkit.models import enable_gradient_checkpointing
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.teachers.adapter_off import AdapterOffTeacher
 from distillkit.teachers.local import LocalTeacher
 from distillkit.testing import check, student_info, tiny_model

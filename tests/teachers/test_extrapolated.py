@@ -14,10 +14,10 @@ from distillkit.divergences.sampled import K1, K2
 from distillkit.errors import ConfigError, ScoringError
 from distillkit.functional.divergences import k1, k2, k3
 from distillkit.objectives.grpo import GRPO
+from distillkit.prepared import StepSettings
 from distillkit.teachers.extrapolated import ExtrapolatedTeacher
 from distillkit.testing import FakeTeacher, check, encode, rollout_batch, student_info
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores, TokenScores
-from distillkit.update import StepSettings
 from tests import toy
 from tests.functional.toy_policy import ToyPolicy, prefixes, table
 from tests.test_scorer import local_teacher

@@ -14,7 +14,7 @@ from distillkit.components import TeacherScorer
 from distillkit.divergences.full import ReverseKL
 from distillkit.divergences.topk import TopK
 from distillkit.errors import ConfigError, DataError
-from distillkit.models import ScorePlan
+from distillkit.scorer import ScorePlan
 from distillkit.teachers.extrapolated import ExtrapolatedTeacher
 from distillkit.teachers.mixture import MixtureTeacher
 from distillkit.testing import FakeTeacher, check, rollout_batch, student_info

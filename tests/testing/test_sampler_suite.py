@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distillkit.components import RolloutSampler, StudentInfo
-from distillkit.models import StudentScorer
+from distillkit.scorer import StudentScorer
 from distillkit.testing import FakeSampler, check
 from distillkit.types import Rollout, RolloutGroup, SampleRequest
 from tests.testing.broken import finds

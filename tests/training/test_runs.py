@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,12 +38,12 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class BreaksAtThird(K2):
-    """k2, but NaN from the third call on."""
+    """k2, but NaN from the third step on; the backward pass calls it once more, with gradient."""
 
     calls = 0
 
     def __call__(self, student: TokenScores, teacher: TokenScores) -> torch.Tensor:
-        type(self).calls += 1
+        type(self).calls += not torch.is_grad_enabled()
         value = super().__call__(student, teacher)
         return value * float("nan") if self.calls > 2 else value
 
@@ -112,6 +115,31 @@ def test_model_checkpoint_on_an_eval_metric_exports_the_best_student_and_early_s
     assert len(rows()) < 10
     assert list(Path("run/checkpoints").glob("best-*.ckpt"))
     assert (Path("run/student_best") / "model.safetensors").exists()
+
+
+class Monitors(Callback):
+    """Keeps what it could monitor after each step, and after the evaluation that follows it."""
+
+    steps: ClassVar[list[dict[str, float]]] = []
+    evaluations: ClassVar[list[dict[str, float]]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
+        self.evaluations.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_callbacks_can_monitor_what_a_step_and_an_evaluation_log() -> None:
+    callback = json.dumps([{"class_path": f"{__name__}.Monitors"}])
+    assert main([*FIT, "--trainer.callbacks", callback]) == 0
+    logged = [{name: float(value) for name, value in row.items() if value and name != "step"} for row in rows()]
+    assert len(Monitors.steps) == 4 and len(Monitors.evaluations) == 3
+    for seen, row in zip(Monitors.steps, logged[1:], strict=True):
+        own = {name: value for name, value in row.items() if not name.startswith("val/")}
+        assert len(own) > 20 and {name: seen[name] for name in own} == pytest.approx(own, rel=1e-6)
+    for seen, row in zip(Monitors.evaluations, logged[::2], strict=True):
+        assert {name: seen[name] for name in row} == pytest.approx(row, rel=1e-6)
 
 
 @pytest.mark.parametrize("setting", [["--trainer.precision", "bf16-mixed"], ["--model.dtype", "bfloat16"]])

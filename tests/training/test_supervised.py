@@ -29,14 +29,15 @@ from distillkit.divergences.full import ForwardKL
 from distillkit.divergences.sampled import K1, K2, K3
 from distillkit.divergences.topk import TopK
 from distillkit.errors import ConfigError, DataError
-from distillkit.models import StudentScorer, enable_gradient_checkpointing
+from distillkit.models import enable_gradient_checkpointing
+from distillkit.prepared import StepSettings
 from distillkit.samplers.hf import HFSampler
+from distillkit.scorer import StudentScorer
 from distillkit.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, StudentExport
 from distillkit.training.given import SupervisedStep, given_rollouts
 from distillkit.training.supervised import SupervisedModule
 from distillkit.training.warmup import WarmupCosine
 from distillkit.types import RewardOutput, RolloutBatch, StepOutput, TeacherScores
-from distillkit.update import StepSettings
 from tests import toy
 from tests.test_scorer import local_teacher
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from distillkit.backbone import LMHead
 from distillkit.errors import ModelError, problem
 from distillkit.functional.packing import micro_batches
-from distillkit.models import Dtype, LMHead, end_token_ids, load_causal_lm, load_tokenizer
+from distillkit.models import Dtype, end_token_ids, load_causal_lm, load_tokenizer
 
 __all__ = ["ChatModel", "Reply"]
 

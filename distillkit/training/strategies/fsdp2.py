@@ -14,7 +14,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distillkit.models import StudentScorer
+from distillkit.scorer import StudentScorer
 from distillkit.training.strategies.plain_copy import detached, filled
 from distillkit.training.strategies.sharded_checkpoint import remove_sharded, replaced_folder
 from distillkit.training.strategies.single import LightningBackend

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distillkit.models import StudentScorer
+from distillkit.scorer import StudentScorer
 
 __all__ = ["filled", "skeleton"]
 

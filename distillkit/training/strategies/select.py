@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import (
 )
 
 from distillkit.errors import ConfigError, problem
-from distillkit.models import StudentScorer
+from distillkit.scorer import StudentScorer
 from distillkit.training.strategies.fsdp2 import FSDP2Backend, FSDP2Strategy
 from distillkit.training.strategies.single import LightningBackend
 from distillkit.training.strategies.zero import ZeroBackend, ZeroStrategy

@@ -8,8 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from distillkit.backbone import Batching, available
 from distillkit.backends import ReduceOp, StepBackend
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.types import RolloutBatch, StudentScores, TeacherScores
 
 __all__ = ["LightningBackend"]
@@ -37,6 +38,9 @@ class LightningBackend(StepBackend):
         torch.clear_autocast_cache()
         scores: StudentScores = self.scorer(batch, plan, teacher, reference)
         return scores
+
+    def available(self, batching: Batching) -> Batching:
+        return available(batching, self.scorer.model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         wrapped = self.module.trainer.strategy.model

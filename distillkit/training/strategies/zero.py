@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from distillkit.errors import ConfigError, problem
-from distillkit.models import ScorePlan, StudentScorer
+from distillkit.scorer import ScorePlan, StudentScorer
 from distillkit.training.strategies.plain_copy import detached, filled
 from distillkit.training.strategies.sharded_checkpoint import remove_sharded, replaced_folder
 from distillkit.training.strategies.single import LightningBackend
@@ -126,7 +126,12 @@ class ZeroBackend(LightningBackend):
         return torch.where(norm < 0, torch.full_like(norm, float("inf")), norm)  # -1 stands for not finite
 
     def whole(self) -> AbstractContextManager[StudentScorer]:
-        return nullcontext(self.scorer) if self._skeleton is None else filled(self._skeleton, self.scorer, _gather)
+        if self._skeleton is None:
+            return nullcontext(self.scorer)
+        # What was fetched ahead for a forward that did not come, as another split into micro-batches ends sooner than
+        # the last, is still on its way.
+        self._engine.empty_partition_cache()
+        return filled(self._skeleton, self.scorer, _gather)
 
 
 def _global_norm(optimizer: Any) -> Any:

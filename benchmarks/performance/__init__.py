@@ -1,0 +1,1 @@
+"""docs/performance.md: its tables, plots and text, from the records alone."""

@@ -1,0 +1,151 @@
+"""The tables of docs/performance.md, each a function of lines of a record."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cases import CASES
+from limit import METHODS, floor
+
+__all__ = ["Side", "distances", "floors", "kdrl", "markdown", "modes", "side", "speed"]
+
+Line = dict[str, Any]
+PEERS = ("grpo", "distil")
+PHASES = ("rollout", "teacher", "update", "step")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One mode of one side: its measured steps, seconds, the median of its runs' peaks, bytes, and tokens a step."""
+
+    mode: str
+    seconds: tuple[float, ...]
+    peak: float
+    tokens: float
+
+    @property
+    def median(self) -> float:
+        """Of the steps."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Of the steps."""
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def modes(results: Sequence[Line], **wanted: Any) -> list[Side]:
+    """Return every mode of the runs whose fields are as wanted."""
+    own = [r for r in results if all(r[name] == value for name, value in wanted.items())]
+    found = []
+    for mode in dict.fromkeys(r["mode"] for r in own):
+        runs = [r for r in own if r["mode"] == mode]
+        steps = tuple(s for r in runs for s in r["seconds"])
+        tokens = statistics.mean(t for r in runs for t in r["tokens"])
+        found.append(Side(mode, steps, statistics.median(r["peak_bytes"] for r in runs), tokens))
+    return found
+
+
+def side(results: Sequence[Line], **wanted: Any) -> tuple[Side, float] | None:
+    """Return the faster mode, and the peak of the smaller one; None where nothing was measured."""
+    found = modes(results, **wanted)
+    return (min(found, key=lambda one: one.median), min(one.peak for one in found)) if found else None
+
+
+def speed(results: Sequence[Line]) -> str:
+    """Return the comparison with TRL: its faster mode's time, its smaller one's memory.
+
+    KDRL, which TRL does not have, is beside the sum of TRL's GRPO and distillation steps, and the larger memory. Tokens
+    are those of a step, ours first.
+    """
+    heads = (
+        "case",
+        "method",
+        "distillkit, s",
+        "TRL, s",
+        "times faster",
+        "distillkit, GiB",
+        "TRL, GiB",
+        "share",
+        "tokens",
+    )
+    rows = []
+    for case in CASES:
+        for method in METHODS:
+            own = side(results, case=case, method=method, side="distillkit")
+            of = PEERS if method == "kdrl" else (method,)
+            theirs = [side(results, case=case, method=name, side="trl") for name in of]
+            others = [found for found in theirs if found is not None]
+            if own is None or len(others) < len(of):
+                continue
+            seconds, peak = sum(one.median for one, _ in others), max(peak for _, peak in others)
+            name = "kdrl (TRL: grpo + distil)" if method == "kdrl" else f"{method} (TRL {others[0][0].mode})"
+            theirs_cell = f"{seconds:.2f}" if method == "kdrl" else _spread(others[0][0])
+            times, share = seconds / own[0].median, own[1] / peak
+            gib = [f"{value / 2**30:.2f}" for value in (own[1], peak)]
+            tokens = ", ".join(f"{one.tokens:.0f}" for one in (own[0], *(found for found, _ in others)))
+            rows.append((case, name, _spread(own[0]), theirs_cell, f"**{times:.2f}**", *gib, f"{share:.2f}", tokens))
+    return markdown(heads, rows)
+
+
+def _spread(one: Side) -> str:
+    low, high = one.quartiles
+    return f"{one.median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def floors(results: Sequence[Line], case: str, method: str) -> tuple[dict[str, float], dict[str, float]] | None:
+    """Return the least and the measured seconds of each phase of our runs; None where there are none.
+
+    The floor of a run has its own length of completions and its own rate of a matrix product; both are medians over
+    the runs. `rest` is what a step takes outside the three phases.
+    """
+    own = [r for r in results if (r["case"], r["method"], r["side"]) == (case, method, "distillkit")]
+    if not own:
+        return None
+    least = [
+        floor(CASES[case], method, statistics.mean(r["tokens"]) / r["rollouts"]).seconds(r["flops_per_second"])
+        for r in own
+    ]
+    low = {phase: statistics.median(run[phase] for run in least) for phase in PHASES}
+    steps = [dict(zip(r["phases"], row, strict=True)) for r in own for row in zip(*r["phases"].values(), strict=True)]
+    took = {phase: statistics.median(one.get(phase, 0.0) for one in steps) for phase in PHASES[:-1]}
+    took["step"] = statistics.median(s for r in own for s in r["seconds"])
+    took["rest"] = max(0.0, took["step"] - sum(took[phase] for phase in PHASES[:-1]))
+    return low, took
+
+
+def distances(results: Sequence[Line], reasons: dict[str, str]) -> str:
+    """Return how far every phase is from its floor; `reasons` by "case phase", or by "phase" for every case."""
+    rows = []
+    for case in CASES:
+        for method in METHODS:
+            found = floors(results, case, method)
+            for phase in PHASES if found is not None else ():
+                assert found is not None
+                low, took = found[0][phase], found[1][phase]
+                if not low:
+                    continue
+                reason = next(
+                    reasons[key] for key in (f"{case} {method} {phase}", f"{case} {phase}", phase) if key in reasons
+                )
+                rows.append((case, method, phase, f"{low:.3f}", f"{took:.3f}", f"{took / low:.1f}", reason))
+    return markdown(("case", "method", "phase", "floor, s", "measured, s", "times the floor", "what remains"), rows)
+
+
+def kdrl(results: Sequence[Line]) -> str:
+    """Return KDRL beside GRPO, with a teacher of the student's size."""
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in results):
+        found = [side(results, case=case, method=method) for method in ("grpo", "kdrl")]
+        grpo, both = (one[0] for one in found if one is not None)
+        rows.append((case, _spread(grpo), _spread(both), f"**{both.median / grpo.median:.2f}**"))
+    return markdown(("case", "GRPO, s", "KDRL, s", "times"), rows)
