@@ -47,11 +47,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # a divergence over the whole vocabulary, beside its teacher, over several micro-batches
     "divergence": {
         "student": Qwen3Config(
-            vocab_size=64_000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=96_000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
         ),
         "teacher": Qwen3Config(
-            vocab_size=64_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
+            vocab_size=96_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
             num_key_value_heads=2, head_dim=64, tie_word_embeddings=False,
         ),
         "prompts": 4, "prompt": 16, "new": 112,
