@@ -43,13 +43,16 @@ _BLOCK_ELEMENTS_ELSEWHERE = 2**24
 """Elements of a block. On a CPU 2 MiB in float32: cache, and below what malloc asks new pages for each time. On a GPU
 enough for kernels that do not wait for their launch."""
 
+_LEAST_ROWS = 4
+"""A softmax shares its rows among the threads; three rows on two threads take as long as four."""
+
 Prepare = Callable[[slice, Sequence[bool], Scratch], Score]
 """(positions of a chunk, which columns are wanted, buffers) -> the chunk's `Score`; called without gradient."""
 
 
 def block_rows(vocabulary: int, device: str) -> int:
     """Return the rows of a block on a kind of device."""
-    return max(1, _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS_ELSEWHERE) // vocabulary)
+    return max(_LEAST_ROWS, _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS_ELSEWHERE) // vocabulary)
 
 
 def _row_blocks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -167,6 +170,11 @@ def _as_autocast(matrix: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor |
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _not_zero(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Without those that are 0 throughout: the pass back from their columns would go over every logit for nothing."""
+    return [g if g is not None and bool(g.any()) else None for g in grads]
+
+
 def _joined(parts: Sequence[Columns]) -> Columns:
     if len(parts) == 1:
         return parts[0]
@@ -210,7 +218,7 @@ class _Job:
 
         `grads` are those of the chunk's columns; one that is 0 throughout costs nothing.
         """
-        grads = [g if g is not None and bool(g.any()) else None for g in grads]
+        grads = _not_zero(grads)
         if all(g is None for g in grads):
             return out.zero_()
         with self.autocast():
@@ -224,6 +232,7 @@ class _Job:
         self, raw: Tensor, rows: slice, grads: Sequence[Tensor | None], scratch: Scratch
     ) -> Columns:
         """Return the columns of one chunk, and put the gradient in place of `raw`."""
+        grads = _not_zero(grads)
         score, found = self.prepare(rows, [True] * len(self.carries), scratch), ScoredChunk(len(raw))
         for block in _row_blocks(len(raw), self.limit, raw.device):
             found.put(block, self._differentiate_block(score, raw, block, grads, raw))
