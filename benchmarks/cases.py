@@ -55,6 +55,10 @@ class Case:
         """Rollouts of a step."""
         return self.groups * self.group_size
 
+    def batch(self, most: int) -> int:
+        """Sequences of a batch: the largest number up to `most` that divides the rollouts."""
+        return next(size for size in range(min(most, self.rollouts), 0, -1) if self.rollouts % size == 0)
+
 
 ONE_M, SIX_M = Shape(128, 4, 512), Shape(256, 6, 1024)
 CASES = {

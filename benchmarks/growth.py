@@ -13,8 +13,8 @@ The axes:
 * group size: more rollouts for each of the same prompts, so more rollouts and not more prompts;
 * head chunk: token positions per call of the head, of student and teacher; the work stays the same.
 
-Each point is a process of its own. Linear or better: a unit of work added between x4 and x8 costs at most a tenth more
-than one added between x1 and x4.
+Each point is a process of its own. Linear or better: the exponent, the slope of log cost over log work, is at most 1.
+The marginal cost, of a unit of work added between x4 and x8 over one added between x1 and x4, has no fixed costs in it.
 """
 
 from __future__ import annotations
@@ -109,9 +109,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         for name, unit, figure in (("seconds", 1.0, "step, s"), ("bytes", 2.0**30, "memory, GiB")):
             own, constant = found[name], axis == "head chunk"
             values = [f"{value / unit:.2f}" for value in own.values]
-            # Nothing is added along the chunk's axis: there a unit's cost is noise, and the step itself must not grow.
-            grown = own.values[-1] / own.values[0] if constant and name == "seconds" else own.marginal
-            word = "or better" if grown <= TOLERANCE else f"{grown:.2f} ×"
+            # No work is added along the chunk's axis: there a unit's cost is noise, and the step must not grow at all.
+            times = own.values[-1] / own.values[0]
+            linear = times <= TOLERANCE if constant and name == "seconds" else round(own.exponent, 2) <= 1
+            word = "or better" if linear else f"{times:.2f} ×"
             marginals = ["—" if constant else f"{found[key].marginal:.2f}" for key in (name, "flops")]
             rows.append(f"| {axis} | {figure} | {' | '.join([*values, f'{own.exponent:.2f}', *marginals, word])} |")
     return "\n".join(rows)

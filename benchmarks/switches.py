@@ -50,6 +50,9 @@ SWITCHES = {
         off=("batching=in_order", "teacher.batching=in_order"),
         on=("batching=sorted", "teacher.batching=sorted"),
     ),
+    "2,048 tokens in a forward, not 16,384": Switch(
+        "fixed", "kdrl", off=(), on=("tokens_per_micro_batch=2048", "teacher.tokens_per_batch=2048")
+    ),
     "teacher in bfloat16": Switch("fixed", "distil", ("teacher.dtype=float32",), ("teacher.dtype=bfloat16",)),
 }
 GAP = "teacher in bfloat16: gap"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -105,3 +106,16 @@ def test_a_right_guess_computes_no_logits_twice(monkeypatch: pytest.MonkeyPatch)
     made.clear()
     run(RIGHT["grpo"], guesses=False)
     assert sum(made) == 2 * once
+
+
+def test_a_column_without_gradient_is_not_gone_back_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns: list[int] = []
+    plain = chunks.torch.autograd.grad
+
+    def counted(outputs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        columns.append(len(outputs))
+        return plain(outputs, *rest)
+
+    monkeypatch.setattr(chunks.torch.autograd, "grad", counted)
+    run(RIGHT["reverse KL"])
+    assert set(columns) == {1}  # the divergence, not the log-probs beside it

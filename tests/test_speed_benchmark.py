@@ -14,6 +14,7 @@ import run
 import step
 import torch
 from cases import CASES, CHARACTERS, COMPARED, Case, Shape, model, prompts, reward, tokenizer
+from measuring import measured
 from performance import tables
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,13 +59,16 @@ def test_the_table_takes_trls_faster_and_smaller_side() -> None:
     best = result(side="trl", mode="best", seconds=[4.5, 5.0, 8.0], peak_bytes=4 * 2**30)
     default = result(side="trl", mode="default", seconds=[8.0], peak_bytes=2 * 2**30)
     distil = [replaced(r, method="distil") for r in (result(), best, default)]
-    table = tables.speed([result(), best, default, *distil, result(method="kdrl")])
-    times = "2.00 (1.50 to 5.50) | 5.00 (4.75 to 6.50) | **2.50**"
+    tuned = result(method="distil", side="trl", mode="tuned", seconds=[4.0], peak_bytes=3 * 2**30, tokens=[120, 120])
+    table = tables.speed([result(), best, default, *distil, tuned, result(method="kdrl", tokens=[90, 90])])
+    ours = "2.00 (1.50 to 5.50)"
+    times = f"{ours} | 5.00 (4.75 to 6.50) | **2.50** | 2.50"
     memory = "1.00 | 2.00 | 0.50"
+    both = f"{ours} | 10.00 | **5.00** | 4.50 | 9.00 | 4.50"
     assert table.splitlines()[2:] == [
-        f"| fixed | grpo (TRL best) | {times} | {memory} | 100, 100 |",
-        f"| fixed | distil (TRL best) | {times} | {memory} | 100, 100 |",
-        f"| fixed | kdrl (TRL: grpo + distil) | 2.00 (1.50 to 5.50) | 10.00 | **5.00** | {memory} | 100, 100, 100 |",
+        f"| fixed | grpo (TRL best) | {times} | — | — | {memory} | 100, 100 |",
+        f"| fixed | distil (TRL best) | {times} | 4.00 | 2.00 | {memory} | 100, 100 |",
+        f"| fixed | kdrl (TRL: grpo + distil) | {both} | {memory} | 90, 100, 100 |",
     ]
 
 
@@ -166,3 +170,19 @@ def test_the_mean_length_of_a_completion_is_that_of_its_lengths() -> None:
     case = replace(TINY, ends=True, vocabulary=4, new_tokens=3)
     assert limit.mean_completion(case) == pytest.approx(1 * 0.25 + 2 * 0.75 * 0.25 + 3 * 0.75**2)
     assert limit.mean_completion(TINY) == 7
+
+
+def test_a_batch_divides_the_rollouts() -> None:
+    assert [CASES[name].batch(8) for name in ("tiny", "tail", "sparse")] == [6, 8, 6]
+    assert CASES["sparse"].batch(60) == CASES["sparse"].batch(64) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "distil"])
+def test_trls_trainer_runs_and_does_the_same_work(method: str) -> None:
+    turns = [t for t in run.turns("tiny", sys.executable, 1, ("default",)) if t.method == method]
+    found = [{**measured(turn.command, 1), "side": turn.side, "mode": turn.mode} for turn in turns]
+    assert [line["side"] for line in found] == ["distillkit", "trl"]
+    assert found[1]["versions"]["trl"].startswith("1.")
+    assert all(line["moved"] > 0 and len(line["seconds"]) == 1 for line in found)
+    run.check_same_work(found)

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from surroundings import surroundings
 from transformers import TrainerCallback
 
+_DEFAULT_BATCH = 8
+
 
 class Stopwatch(TrainerCallback):
     """Seconds of every optimizer step, generation included, and what the trainer logs."""
@@ -46,7 +48,7 @@ def settings(case: Case, folder: Path, steps: int, mode: str, more: dict[str, An
     `batch` in `more` is the number of sequences that are learned from at once.
     """
     own = {} if mode == "default" else {"gradient_checkpointing": False}
-    batch = more.get("batch", min(8, case.rollouts) if mode == "default" else case.rollouts)
+    batch = case.batch(more.get("batch", _DEFAULT_BATCH if mode == "default" else case.rollouts))
     return {
         "output_dir": str(folder / "out"), "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": case.rollouts // batch, "max_completion_length": case.new_tokens,

@@ -58,21 +58,24 @@ def modes(results: Sequence[Line], **wanted: Any) -> list[Side]:
 
 
 def side(results: Sequence[Line], *, among: Container[str] | None = None, **wanted: Any) -> tuple[Side, float] | None:
-    """Return the faster mode, and the peak of the smaller one, of all or of those `among`; None where there are none."""
+    """Return the faster mode, and the peak of the smaller one, of all or of those `among`; None for no runs."""
     found = [one for one in modes(results, **wanted) if among is None or one.mode in among]
     return (min(found, key=lambda one: one.median), min(one.peak for one in found)) if found else None
 
 
 def speed(results: Sequence[Line]) -> str:
-    """Return the comparison with TRL: the faster of its defaults and its best, then the settings that were tuned to the
-    case, where they are faster still; memory beside the smallest of all.
+    """Return the comparison with TRL.
+
+    The times are beside the faster of its defaults and its best, the memory beside the smaller; then the times beside
+    what was tuned to the case, where that is faster still.
 
     KDRL, which TRL does not have, is beside the sum of TRL's GRPO and distillation steps, and the larger memory. Tokens
-    are those of a step, ours first.
+    are those of a step, ours first; both sides sample, so where completions end by chance they differ, and the times
+    *per token* with them.
     """
     heads = (
-        "case", "method", "distillkit, s", "TRL, s", "times faster", "TRL tuned, s", "times", "distillkit, GiB",
-        "TRL, GiB", "share", "tokens",
+        "case", "method", "distillkit, s", "TRL, s", "times faster", "per token", "TRL tuned, s", "times",
+        "distillkit, GiB", "TRL, GiB", "share", "tokens",
     )  # fmt: skip
     rows = []
     for case in CASES:
@@ -84,13 +87,14 @@ def speed(results: Sequence[Line]) -> str:
             if own is None or len(plain) < len(of):
                 continue
             seconds, least = (sum(one.median for one, _ in found) for found in (plain, every))
-            mine, peak = own[0].median, max(peak for _, peak in every)
+            mine, peak = own[0].median, max(peak for _, peak in plain)
             name = "kdrl (TRL: grpo + distil)" if method == "kdrl" else f"{method} (TRL {plain[0][0].mode})"
             theirs = f"{seconds:.2f}" if method == "kdrl" else _spread(plain[0][0])
             tuned = (f"{least:.2f}", f"{least / mine:.2f}") if least < seconds else ("—", "—")
             gib = [f"{value / 2**30:.2f}" for value in (own[1], peak)]
             tokens = ", ".join(f"{one.tokens:.0f}" for one in (own[0], *(found for found, _ in plain)))
-            times = (f"**{seconds / mine:.2f}**", *tuned)
+            per_token = sum(one.median / one.tokens for one, _ in plain) / (mine / own[0].tokens)
+            times = (f"**{seconds / mine:.2f}**", f"{per_token:.2f}", *tuned)
             rows.append((case, name, _spread(own[0]), theirs, *times, *gib, f"{own[1] / peak:.2f}", tokens))
     return markdown(heads, rows)
 
