@@ -12,12 +12,12 @@ REASONS = {
         "attention of one token is a product of one row with the 512 to 640 keys, and the values, of every rollout: it "
         "reads the caches, and computes little"
     ),
-    "teacher": "products take little more than the floor; element-wise work, attention and copies as much again",
+    "teacher": "products take little more than the floor; the rest is element-wise work, attention and copies",
     "vocab teacher": "the head in chunks of 110 tokens: its products run at two thirds of the rate, then a softmax",
     "vocab distil teacher": "less than the floor: the teacher's head is in the update, chunk by chunk",
     "update": (
-        "products take 1.1 to 1.3 times the floor; norms, activations, attention and copies, forward and backward, as "
-        "much again; clipping and the optimizer are in no floor"
+        "products take 1.1 to 1.3 times the floor; the rest is norms, activations, attention and copies, forward and "
+        "backward, and clipping and the optimizer, which are in no floor"
     ),
     "vocab update": (
         "the head in chunks of 110 tokens: its products run at two thirds of the rate; softmax and its gradient go "

@@ -185,16 +185,19 @@ def _layer_back(load: Workload, blocks: Blocks, tokens: int) -> None:
 def _optimizer(load: Workload) -> Blocks:
     blocks, trained = Blocks(), _trained(load)
     _gradients(load, blocks)
-    if load.optimizer_fused:
-        pass
-    elif load.device == "cuda":  # all tensors at once: one more copy
+    if not load.optimizer_fused:
+        _optimizer_temporaries(load, blocks, trained)
+    _copies(load, blocks)
+    _grids(load, blocks)
+    return blocks
+
+
+def _optimizer_temporaries(load: Workload, blocks: Blocks, trained: tuple[int, ...]) -> None:
+    if load.device == "cuda":  # all tensors at once: one more copy
         shared = load.ranks if load.strategy in _SHARDED else 1
         blocks.add_tensors("optimizer temporaries", trained, 4 / shared)
     else:  # tensor by tensor
         blocks.add_tensors("optimizer temporaries", trained[:1] * 2, load.bytes_per_weight)
-    _copies(load, blocks)
-    _grids(load, blocks)
-    return blocks
 
 
 def _gradients(load: Workload, blocks: Blocks) -> None:
