@@ -1,13 +1,22 @@
-"""What both sides of the comparison train: models, prompts, rewards. Nothing of distillkit is needed."""
+"""What both sides of the comparison train: models, prompts, rewards. Nothing of distillkit is needed.
+
+    python benchmarks/cases.py --case fixed --steps 7 FOLDER
+
+writes the inputs of so many steps, for `--inputs FOLDER` of what is measured: what making models leaves in a process's
+heap is in no figure then.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import string
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -36,6 +45,7 @@ class Case:
         ends: whether the models can emit the end token; from random weights its probability is 1 ÷ vocabulary.
         equal_groups: share of the groups whose rollouts all have one reward.
         masked: distil on wrong answers alone.
+        settings: distillkit's own for this load, beside its defaults.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Case:
     ends: bool = False
     equal_groups: float = 0.0
     masked: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rollouts(self) -> int:
@@ -76,7 +87,7 @@ CASES = {
         Case(name="tail", student=SIX_M, teacher=SIX_M, new_tokens=512, ends=True),
         Case(
             name="vocab", student=Shape(256, 4, 768), teacher=Shape(384, 6, 1152), vocabulary=151_936, groups=2,
-            new_tokens=64, ends=True,
+            new_tokens=64, ends=True, settings={"gradient_checkpointing": True},
         ),
         Case(name="long", student=SIX_M, teacher=SIX_M, groups=4, prompt_tokens=512),
         Case(
@@ -151,3 +162,17 @@ def prompts(case: Case, steps: int) -> list[str]:
 def reward(prompt: str, completion: str) -> float:
     """0 or 1 by chance, fixed by the completion; 0 for all of an equal group."""
     return 0.0 if prompt.startswith("=") else float(zlib.crc32(completion.encode()) % 2)
+
+
+def main() -> None:
+    """Write the inputs of one case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=list(CASES), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    write_inputs(CASES[given.case], given.folder, given.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,9 +16,12 @@ Every run is written down as soon as it is through; with --resume those are not 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,7 @@ SAME_SIZE = ("fixed_same", "long")
 """Cases whose teacher is as large as the student."""
 _KEY = ("case", "method", "side", "mode", "round")
 _TOKENS = 0.1
+_STEPS_WRITTEN = 20
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,17 @@ def turns(case: str, trl: str, steps: int, modes: Sequence[str] = MODES) -> Iter
 
 
 def go(every: Sequence[Turn], rounds: int, threads: int, record: Record) -> None:
-    """Run all turns of a round, then those of the next, but for those on record."""
-    for turn in range(rounds):
-        for one in every:
+    """Run all turns of a round on one case, then those of the next, but for those on record."""
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, one in itertools.product(range(rounds), every):
             key = {"case": one.case, "method": one.method, "side": one.side, "mode": one.mode, "round": turn}
-            if not record.has(**key):
-                record.add({**measured((*one.command, "--seed", str(1 + turn)), threads), **key})
+            if record.has(**key):
+                continue
+            if not any(Path(folder).iterdir()):
+                write = (sys.executable, str(ROOT / "benchmarks" / "cases.py"), "--case", one.case)
+                subprocess.run((*write, "--steps", str(_STEPS_WRITTEN), folder), check=True)
+            command = (*one.command, "--seed", str(1 + turn), "--inputs", folder)
+            record.add({**measured(command, threads), **key})
 
 
 def check_same_work(results: Sequence[dict[str, Any]]) -> None:

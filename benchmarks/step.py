@@ -90,16 +90,24 @@ def measure(
     warm_up: int,
     settings: dict[str, Any],
     folder: Path,
+    inputs: Path | None = None,
     seed: int = 1,
     callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, Any]:
-    """Train `warm_up + steps` steps and return what the last `steps` took."""
+    """Train `warm_up + steps` steps in `folder` and return what the last `steps` took.
+
+    `settings` are those of `build` and come before the case's own. `inputs` is where `write_inputs` wrote; None for it
+    to be done first, in `folder`.
+    """
     pl.seed_everything(seed)
-    write_inputs(case, folder, warm_up + steps)
-    module = build(case, method, folder, settings)
+    if inputs is None:
+        inputs = folder
+        write_inputs(case, inputs, warm_up + steps)
+    settings = {**case.settings, **settings}
+    module = build(case, method, inputs, settings)
     watch = Stopwatch()
     data = PromptData(
-        train=DataSource(path=str(folder / "prompts.jsonl")), prompts_per_step=case.groups, shuffle=False,
+        train=DataSource(path=str(inputs / "prompts.jsonl")), prompts_per_step=case.groups, shuffle=False,
         max_prompt_tokens=case.prompt_tokens,
     )  # fmt: skip
     trainer = make_trainer(
@@ -117,15 +125,15 @@ def measure(
         "phases": {name.removeprefix("time/"): [float(row[name] or 0) for row in rows] for name in phases},
         "rollouts": case.rollouts,
         "tokens": [round(length * case.rollouts) for length in lengths],
-        "moved": _moved(folder),
+        "moved": _moved(inputs / "student", folder / "run" / "student"),
     }  # fmt: skip
 
 
-def _moved(folder: Path) -> int:
-    """Return how many of the student's parameter tensors the training changed."""
+def _moved(*folders: Path) -> int:
+    """Return how many of the student's parameter tensors are not the same in two folders."""
     from safetensors.torch import load_file
 
-    before, after = (load_file(folder / name / "model.safetensors") for name in ("student", "run/student"))
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
     return sum(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -140,13 +148,14 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the module, its sampler., its teacher."
     )
+    parser.add_argument("--inputs", type=Path, help="what cases.py wrote; default: written first, in this process")
     given = parser.parse_args()
     settings = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in given.set)}
     where = surroundings(distillkit=distillkit.__version__, lightning=pl.__version__)
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(
             CASES[given.case], given.method, steps=given.steps, warm_up=given.warm_up, settings=settings,
-            folder=Path(scratch), seed=given.seed,
+            inputs=given.inputs, folder=Path(scratch), seed=given.seed,
         )  # fmt: skip
     print(json.dumps({**found, **where}))
 

@@ -14,7 +14,7 @@ import run
 import step
 import torch
 from cases import CASES, CHARACTERS, COMPARED, Case, Shape, model, prompts, reward, tokenizer
-from measuring import measured
+from measuring import Record, lines
 from performance import tables
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -179,9 +179,11 @@ def test_a_batch_divides_the_rollouts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "distil"])
-def test_trls_trainer_runs_and_does_the_same_work(method: str) -> None:
+def test_trls_trainer_runs_and_does_the_same_work(method: str, tmp_path: Path) -> None:
     turns = [t for t in run.turns("tiny", sys.executable, 1, ("default",)) if t.method == method]
-    found = [{**measured(turn.command, 1), "side": turn.side, "mode": turn.mode} for turn in turns]
+    record = Record(tmp_path / "speed.jsonl", ("case", "method", "side", "mode", "round"), resume=False)
+    run.go(turns, 1, 1, record)
+    found = lines(record.path)
     assert [line["side"] for line in found] == ["distillkit", "trl"]
     assert found[1]["versions"]["trl"].startswith("1.")
     assert all(line["moved"] > 0 and len(line["seconds"]) == 1 for line in found)

@@ -14,7 +14,7 @@ from trl_shared import Case, rows, run, settings
 
 def build(case: Case, folder: Path, steps: int, mode: str, more: dict[str, Any]) -> DistillationTrainer:
     """Return the trainer."""
-    config = DistillationConfig(**settings(case, folder, steps, mode, more), beta=1.0)
+    config = DistillationConfig(**settings(case, steps, mode, more), beta=1.0)
     return DistillationTrainer(
         model=str(folder / "student"), teacher_model=str(folder / "teacher"), args=config,
         train_dataset=rows(case, steps, copies=case.group_size),

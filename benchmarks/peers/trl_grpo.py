@@ -20,7 +20,7 @@ def by_chance(prompts: list[str], completions: list[str], **_: Any) -> list[floa
 
 def build(case: Case, folder: Path, steps: int, mode: str, more: dict[str, Any]) -> GRPOTrainer:
     """Return the trainer."""
-    config = GRPOConfig(**settings(case, folder, steps, mode, more), num_generations=case.group_size)
+    config = GRPOConfig(**settings(case, steps, mode, more), num_generations=case.group_size)
     return GRPOTrainer(
         model=str(folder / "student"), reward_funcs=by_chance, args=config, train_dataset=rows(case, steps)
     )

@@ -42,7 +42,7 @@ class Stopwatch(TrainerCallback):
             self.lengths.append(float(logs["completions/mean_length"]))
 
 
-def settings(case: Case, folder: Path, steps: int, mode: str, more: dict[str, Any]) -> dict[str, Any]:
+def settings(case: Case, steps: int, mode: str, more: dict[str, Any]) -> dict[str, Any]:
     """Arguments of either config: as TRL comes, or without gradient checkpointing in one batch; then `more`.
 
     `batch` in `more` is the number of sequences that are learned from at once.
@@ -50,7 +50,7 @@ def settings(case: Case, folder: Path, steps: int, mode: str, more: dict[str, An
     own = {} if mode == "default" else {"gradient_checkpointing": False}
     batch = case.batch(more.get("batch", _DEFAULT_BATCH if mode == "default" else case.rollouts))
     return {
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": case.rollouts // batch, "max_completion_length": case.new_tokens,
         "max_steps": steps, "learning_rate": 1e-6, "temperature": 1.0, "use_cpu": True, "bf16": False,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
@@ -72,6 +72,7 @@ def run(name: str, build: Callable[[Case, Path, int, str, dict[str, Any]], Any])
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of the config")
+    parser.add_argument("--inputs", type=Path, help="what cases.py wrote; default: written first, in this process")
     given = parser.parse_args()
     more = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in given.set)}
     if given.mode == "tuned":
@@ -80,9 +81,10 @@ def run(name: str, build: Callable[[Case, Path, int, str, dict[str, Any]], Any])
     where = surroundings(trl=trl.__version__)
     case, total = CASES[given.case], given.warm_up + given.steps
     with tempfile.TemporaryDirectory() as scratch:
-        folder, watch = Path(scratch), Stopwatch()
-        write_inputs(case, folder, total)
-        trainer = build(case, folder, total, given.mode, more)
+        folder, watch = given.inputs or Path(scratch), Stopwatch()
+        if given.inputs is None:
+            write_inputs(case, folder, total)
+        trainer = build(case, folder, total, given.mode, {"output_dir": scratch, **more})
         trainer.add_callback(watch)
         trainer.train()
         before = load_file(folder / "student" / "model.safetensors")
