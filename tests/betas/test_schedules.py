@@ -126,7 +126,7 @@ def test_constant_must_be_finite() -> None:
         (Switch(before=1.0, after=0.0, at=0), 0),
         (RewardProgress(start=1.0, end=0.0, high=1.0), None),
     ],
-    ids=str,
+    ids=lambda x: type(x).__name__ if isinstance(x, BetaScheduler) else str(x),
 )
 def test_the_steps_until_the_last_value(schedule: BetaScheduler, needed: int | None) -> None:
     assert schedule.steps_needed == needed

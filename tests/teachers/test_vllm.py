@@ -362,7 +362,7 @@ def test_another_model_at_the_same_address_is_found_out(path: str) -> None:
 
 def test_another_name_at_the_same_address_is_found_out(path: str) -> None:
     batch, fake = rollout_batch(), FakeVLLM(tiny_model(5))
-    with ready(path, fake, model="teacher") as part:
+    with ready(path, fake, model="teacher", concurrency=1) as part:  # a second request could reach the new server first
         fake.plan = [die]
         fake.start_when_dead(name="student")
         with pytest.raises(ScoringError, match=r"came back as another server\nmodel.teacher.model: .* another model"):

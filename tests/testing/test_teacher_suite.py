@@ -234,7 +234,11 @@ def test_broken_teachers_are_found(part: TeacherScorer, text: str) -> None:
     finds(part, text)
 
 
-@pytest.mark.parametrize("part", [Live(), FakeTeacher(logits=(0.0, 3.0, 1.0)), FakeTeacher(blind_to="15")], ids=str)
+@pytest.mark.parametrize(
+    "part",
+    [Live(), FakeTeacher(logits=(0.0, 3.0, 1.0)), FakeTeacher(blind_to="15")],
+    ids=["live", "offers logits", "blind"],
+)
 def test_sound_teachers_pass(part: TeacherScorer) -> None:
     check(part)
 
