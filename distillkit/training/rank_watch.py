@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -94,6 +95,9 @@ class RankWatch(Callback):
         """Leave in order."""
         self._ends.set()
         self._leave(None)
+        if trainer.world_size > 1:
+            atexit.unregister(_leave_group)
+            atexit.register(_leave_group)
 
     def _leave(self, said: str | None) -> None:
         if self._call is not None:
@@ -135,6 +139,16 @@ def explained(error: BaseException, trainer: pl.Trainer | None) -> BaseException
     callbacks: Sequence[Callback] = getattr(trainer, "callbacks", ())
     lost = next((callback.lost for callback in callbacks if isinstance(callback, RankWatch)), None)
     return error if lost is None or isinstance(error, _OWN) else lost
+
+
+def _leave_group() -> None:
+    """Destroy the process group while the interpreter is there, at the end of a process whose run ended in order.
+
+    A worker thread of gloo may hold the tensors of the last collective a moment longer than the call. When it lets go
+    of them after Python has ended, the process aborts. Lightning destroys the group of NCCL alone.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _end(children: list[subprocess.Popen[bytes]], grace_s: float) -> None:

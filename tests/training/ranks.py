@@ -5,6 +5,7 @@ Several ranks: the same under `python -m torch.distributed.run --nproc-per-node 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -167,5 +168,12 @@ def main(strategy: str, folder: Path) -> None:
         train(strategy, folder / name, case, first)
 
 
+def note_end(folder: Path) -> None:
+    """Leave a file if the process group is gone."""
+    if not torch.distributed.is_initialized():
+        (folder / f"ended-{os.environ.get('RANK', 0)}").touch()
+
+
 if __name__ == "__main__":
+    atexit.register(note_end, Path(sys.argv[2]))  # runs after what is registered later
     main(sys.argv[1], Path(sys.argv[2]))

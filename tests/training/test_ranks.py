@@ -48,6 +48,10 @@ def student(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "run" / "student" / "model.safetensors")
 
 
+def test_no_worker_thread_of_a_process_group_outlives_the_interpreter(two: Path) -> None:
+    assert all((two / f"ended-{rank}").exists() for rank in range(2))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(case: str, one: Path, two: Path) -> None:
     ours, theirs = two / case, one / case
