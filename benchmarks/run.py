@@ -41,7 +41,7 @@ SAME_SIZE = ("fixed_same", "long")
 """Cases whose teacher is as large as the student."""
 _KEY = ("case", "method", "side", "mode", "round")
 _TOKENS = 0.1
-_STEPS_WRITTEN = 20
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Turn:
     method: str
     side: str
     mode: str
+    steps: int
     command: tuple[str, ...]
 
 
@@ -59,7 +60,7 @@ def ours(case: str, method: str, steps: int, *settings: str) -> Turn:
     """Return a run of distillkit's step."""
     command = (sys.executable, str(ROOT / "benchmarks" / "step.py"), "--case", case, "--method", method)
     more = ("--set", *settings) if settings else ()
-    return Turn(case, method, "distillkit", "", (*command, "--steps", str(steps), *more))
+    return Turn(case, method, "distillkit", "", steps, (*command, *_steps(steps), *more))
 
 
 def turns(case: str, trl: str, steps: int, modes: Sequence[str] = MODES) -> Iterator[Turn]:
@@ -70,8 +71,12 @@ def turns(case: str, trl: str, steps: int, modes: Sequence[str] = MODES) -> Iter
             if mode == "tuned" and (case, method) not in TUNED:
                 continue
             peer = str(ROOT / "benchmarks" / "peers" / PEERS[method])
-            command = (trl, peer, "--mode", mode, "--case", case, "--steps", str(steps))
-            yield Turn(case, method, "trl", mode, command)
+            command = (trl, peer, "--mode", mode, "--case", case, *_steps(steps))
+            yield Turn(case, method, "trl", mode, steps, command)
+
+
+def _steps(steps: int) -> tuple[str, ...]:
+    return "--steps", str(steps), "--warm-up", str(_WARM_UP)
 
 
 def go(every: Sequence[Turn], rounds: int, threads: int, record: Record) -> None:
@@ -83,7 +88,7 @@ def go(every: Sequence[Turn], rounds: int, threads: int, record: Record) -> None
                 continue
             if not any(Path(folder).iterdir()):
                 write = (sys.executable, str(ROOT / "benchmarks" / "cases.py"), "--case", one.case)
-                subprocess.run((*write, "--steps", str(_STEPS_WRITTEN), folder), check=True)
+                subprocess.run((*write, "--steps", str(_WARM_UP + one.steps), folder), check=True)
             command = (*one.command, "--seed", str(1 + turn), "--inputs", folder)
             record.add({**measured(command, threads), **key})
 

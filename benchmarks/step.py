@@ -96,8 +96,8 @@ def measure(
 ) -> dict[str, Any]:
     """Train `warm_up + steps` steps in `folder` and return what the last `steps` took.
 
-    `settings` are those of `build` and come before the case's own. `inputs` is where `write_inputs` wrote; None for it
-    to be done first, in `folder`.
+    `settings` are those of `build`; where the case has the same, they win. `inputs` is where `write_inputs` wrote; None
+    for it to be done first, in `folder`.
     """
     pl.seed_everything(seed)
     if inputs is None:

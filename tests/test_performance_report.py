@@ -89,7 +89,7 @@ def test_a_record_is_gone_on_with_only_when_asked(tmp_path: Path) -> None:
 def test_a_turn_on_record_is_not_run_again(tmp_path: Path) -> None:
     counts = tmp_path / "counts"
     body = f"open({str(counts)!r}, 'a').write('x'); print('{{}}')"
-    turn = run.Turn("tiny", "grpo", "distillkit", "", (sys.executable, "-c", body))
+    turn = run.Turn("tiny", "grpo", "distillkit", "", 1, (sys.executable, "-c", body))
     for _ in range(2):
         run.go([turn], 2, 1, measuring.Record(tmp_path / "record.jsonl", run._KEY, resume=True))
     assert counts.read_text() == "xx"

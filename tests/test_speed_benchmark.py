@@ -172,6 +172,17 @@ def test_the_mean_length_of_a_completion_is_that_of_its_lengths() -> None:
     assert limit.mean_completion(TINY) == 7
 
 
+def test_the_inputs_last_for_every_step(tmp_path: Path) -> None:
+    count = (
+        "import json, pathlib, sys; text = pathlib.Path(sys.argv[-1], 'prompts.jsonl').read_text(); "
+        "print(json.dumps({'lines': len(text.splitlines())}))"
+    )
+    turn = run.Turn("tiny", "grpo", "distillkit", "", 30, (sys.executable, "-c", count))
+    record = Record(tmp_path / "speed.jsonl", ("case",), resume=False)
+    run.go([turn], 1, 1, record)
+    assert lines(record.path)[0]["lines"] == (2 + 30) * CASES["tiny"].groups
+
+
 def test_a_batch_divides_the_rollouts() -> None:
     assert [CASES[name].batch(8) for name in ("tiny", "tail", "sparse")] == [6, 8, 6]
     assert CASES["sparse"].batch(60) == CASES["sparse"].batch(64) == 60

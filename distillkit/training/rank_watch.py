@@ -80,6 +80,7 @@ class RankWatch(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the others, unless what failed here is that one of them is gone."""
+        atexit.unregister(_leave_group)  # of an earlier run: collectives that nobody ends may be under way now
         if self._call is None:
             return
         if not isinstance(exception, _OWN):
