@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -82,6 +83,12 @@ class _Watch:
             if len(self.pids) > 1:
                 self.peak = max(self.peak, sum(proportional(pid) for pid in self.pids))
         self.peak = max(self.peak, 1024 * max(resident_peak(pid) for pid in self.pids))
+
+
+def write_inputs_apart(case: str, steps: int, folder: Path) -> None:
+    """Write what `cases.py` writes, in a process of its own: what that leaves in a heap is in no measured one."""
+    command = (sys.executable, str(ROOT / "benchmarks" / "cases.py"), "--case", case, "--steps", str(steps))
+    subprocess.run((*command, str(folder)), check=True)
 
 
 def measured(command: Sequence[str], threads: int) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import argparse
 import itertools
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from typing import Any
 
 from cases import CASES, COMPARED, Case
 from limit import relative_spread
-from measuring import RESULTS, ROOT, Record, lines, measured
+from measuring import RESULTS, ROOT, Record, lines, measured, write_inputs_apart
 from peers.tuned import TUNED
 from performance.tables import kdrl, speed
 
@@ -87,8 +86,7 @@ def go(every: Sequence[Turn], rounds: int, threads: int, record: Record) -> None
             if record.has(**key):
                 continue
             if not any(Path(folder).iterdir()):
-                write = (sys.executable, str(ROOT / "benchmarks" / "cases.py"), "--case", one.case)
-                subprocess.run((*write, "--steps", str(_WARM_UP + one.steps), folder), check=True)
+                write_inputs_apart(one.case, _WARM_UP + one.steps, Path(folder))
             command = (*one.command, "--seed", str(1 + turn), "--inputs", folder)
             record.add({**measured(command, threads), **key})
 

@@ -10,6 +10,7 @@ measured beside its time: on the case's models, whose weights are random, and on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, Case, prompts, write_inputs
-from measuring import RESULTS, ROOT, Record, lines, measured
+from measuring import RESULTS, ROOT, Record, lines, measured, write_inputs_apart
 
 RECORD = RESULTS / "switches.jsonl"
 _KEY = ("switch", "state", "round")
@@ -54,6 +55,9 @@ SWITCHES = {
         "fixed", "kdrl", off=(), on=("tokens_per_micro_batch=2048", "teacher.tokens_per_batch=2048")
     ),
     "teacher in bfloat16": Switch("fixed", "distil", ("teacher.dtype=float32",), ("teacher.dtype=bfloat16",)),
+    "teacher in bfloat16, large vocabulary": Switch(
+        "vocab", "distil", ("teacher.dtype=float32",), ("teacher.dtype=bfloat16",)
+    ),
 }
 GAP = "teacher in bfloat16: gap"
 
@@ -135,6 +139,20 @@ def command(switch: Switch, state: str, case: str | None, steps: int, warm_up: i
     return [sys.executable, str(ROOT / "benchmarks" / "step.py"), *where, *sizes, *more]
 
 
+def go(name: str, case: str | None, steps: int, warm_up: int, rounds: int, threads: int, record: Record) -> None:
+    """Run one switch on and off in turn, but for the runs on record; `case` instead of its own."""
+    switch = SWITCHES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, state in itertools.product(range(rounds), ("on", "off")):
+            key = {"switch": name, "state": state, "round": turn}
+            if record.has(**key):
+                continue
+            if not any(Path(folder).iterdir()):
+                write_inputs_apart(case or switch.case, warm_up + steps, Path(folder))
+            own = (*command(switch, state, case, steps, warm_up), "--inputs", folder)
+            record.add({**measured(own, threads), **key})
+
+
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,12 +173,7 @@ def main() -> None:
     if given.do == "measure":
         record = Record(given.record, _KEY, resume=given.resume)
         for name in given.only:
-            for turn in range(given.rounds):
-                for state in ("on", "off"):
-                    key = {"switch": name, "state": state, "round": turn}
-                    if not record.has(**key):
-                        own = command(SWITCHES[name], state, given.case, given.steps, given.warm_up)
-                        record.add({**measured(own, given.threads), **key})
+            go(name, given.case, given.steps, given.warm_up, given.rounds, given.threads, record)
         key = {"switch": GAP, "state": "", "round": 0}
         if dtype in given.only and not record.has(**key):
             own = [sys.executable, __file__, "gap", "--case", given.case or SWITCHES[dtype].case]
