@@ -26,6 +26,8 @@ from measuring import RESULTS, ROOT, Record, lines, measured, write_inputs_apart
 RECORD = RESULTS / "switches.jsonl"
 _KEY = ("switch", "state", "round")
 _WHOLE = 10**9
+_CHUNK = 2**24 // CASES["vocab"].vocabulary
+"""Positions of 64 MiB of logits."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,18 @@ SWITCHES = {
     "prompt prefilled once per group": Switch("long", "grpo", ("sampler.prefill_once=false",)),
     "prompt shared in scoring and training": Switch("long", "kdrl", ("batching=sorted", "teacher.batching=sorted")),
     "no padding in scoring and training": Switch("tail", "kdrl", ("batching=sorted", "teacher.batching=sorted")),
-    "head in chunks": Switch("vocab", "distil", (f"head_chunk={_WHOLE}", f"teacher.head_chunk={_WHOLE}")),
+    "head in chunks": Switch(
+        "vocab",
+        "distil",
+        off=(f"head_chunk={_WHOLE}", f"teacher.head_chunk={_WHOLE}"),
+        on=(f"head_chunk={_CHUNK}", f"teacher.head_chunk={_CHUNK}"),
+    ),
+    "vocabulary in tiles, not positions in chunks": Switch(
+        "vocab", "kdrl", (f"head_chunk={_CHUNK}", f"teacher.head_chunk={_CHUNK}")
+    ),
+    "vocabulary in tiles, not positions in chunks: exact KL": Switch(
+        "vocab", "distil", (f"head_chunk={_CHUNK}", f"teacher.head_chunk={_CHUNK}")
+    ),
     "zero-weight skipping": Switch("sparse", "grpo", ("skip_zero_weight=false",)),
     "length-sorted token budget": Switch(
         "tail",

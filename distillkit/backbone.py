@@ -81,6 +81,11 @@ class LMHead:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    @property
+    def only_widens(self) -> bool:
+        """Whether `finish` does no more than return float32."""
+        return self._scale == 1.0 and self._softcap is None
+
     def matrix(self) -> tuple[Tensor, Tensor | None] | None:
         """Return `matrix_of` the head."""
         return matrix_of(self._module())

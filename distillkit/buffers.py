@@ -36,7 +36,7 @@ class Scratch:
         self._flat: dict[str, Tensor] = {}
 
     def rows(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """Return an uninitialised tensor [rows, columns]; what `name` held before is lost."""
+        """Return an uninitialised tensor [rows, columns] of a dtype; what `name`, of one dtype, held before is lost."""
         flat = self._flat.get(name)
         if flat is None or flat.numel() < rows * columns:
             flat = self._flat[name] = like.new_empty(rows * columns)

@@ -29,6 +29,7 @@ __all__ = [
     "Score",
     "block_rows",
     "head_output",
+    "not_zero",
     "score_positions",
 ]
 
@@ -170,8 +171,8 @@ def _as_autocast(matrix: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor |
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _not_zero(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Without those that are 0 throughout: the pass back from their columns would go over every logit for nothing."""
+def not_zero(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return None for those that are 0 throughout: the pass back from there would go over every logit for nothing."""
     return [g if g is not None and bool(g.any()) else None for g in grads]
 
 
@@ -218,7 +219,7 @@ class _Job:
 
         `grads` are those of the chunk's columns; one that is 0 throughout costs nothing.
         """
-        grads = _not_zero(grads)
+        grads = not_zero(grads)
         if all(g is None for g in grads):
             return out.zero_()
         with self.autocast():
@@ -232,7 +233,7 @@ class _Job:
         self, raw: Tensor, rows: slice, grads: Sequence[Tensor | None], scratch: Scratch
     ) -> Columns:
         """Return the columns of one chunk, and put the gradient in place of `raw`."""
-        grads = _not_zero(grads)
+        grads = not_zero(grads)
         score, found = self.prepare(rows, [True] * len(self.carries), scratch), ScoredChunk(len(raw))
         for block in _row_blocks(len(raw), self.limit, raw.device):
             found.put(block, self._differentiate_block(score, raw, block, grads, raw))

@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 DistillThrough = Literal["loss", "advantage", "reward"]
+ExactKL = Literal["forward_kl", "reverse_kl"]
 """How a divergence reaches the gradient: differentiated, as a detached per-token advantage, or inside the reward."""
 
 Aggregation = Literal["token", "sequence", "constant"]
@@ -267,6 +268,16 @@ class DivergenceEstimator(Component):
     kind = "divergence"
     allowed_through: ClassVar[tuple[DistillThrough, ...]] = ("loss", "advantage", "reward")
     why_not: ClassVar[str] = ""
+    sums_to: ClassVar[ExactKL | None] = None
+    """The KL over the whole vocabulary that it is, if it is one: it may then be summed without rows of logits.
+
+    A class that computes something else has to say so again; one with a `__call__` of its own that does not is None.
+    """
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "__call__" in vars(cls) and "sums_to" not in vars(cls):
+            cls.sums_to = None
 
     @property
     @abstractmethod

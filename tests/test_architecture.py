@@ -15,8 +15,8 @@ TIERS = [
     {"errors", "types", "decomposition"},
     {"functional"},
     {"components", "registry", "embedded"},
-    {"backbone", "buffers", "chunks", "packed", "tied"},
-    {"models", "lora", "scorer"},
+    {"backbone", "buffers", "chunks", "packed", "streamed", "tied"},
+    {"models", "lora", "positions", "scorer"},
     {"samplers", "teachers", "rewards", "divergences", "betas", "maskers", "objectives"},
     {
         "backends",

@@ -40,6 +40,8 @@ class ForwardKL(FullDivergence):
     See *On-Policy Distillation of Language Models*, Agarwal et al., 2023, https://arxiv.org/abs/2306.13649.
     """
 
+    sums_to = "forward_kl"
+
     def __call__(self, student: TokenScores, teacher: TokenScores) -> Tensor:
         """Return KL(π_T‖π_θ) [M] in nats/token."""
         return functional.forward_kl(*pair(self, student, teacher, "logits"))
@@ -52,6 +54,8 @@ class ReverseKL(FullDivergence):
 
     See *On-Policy Distillation of Language Models*, Agarwal et al., 2023, https://arxiv.org/abs/2306.13649.
     """
+
+    sums_to = "reverse_kl"
 
     def __call__(self, student: TokenScores, teacher: TokenScores) -> Tensor:
         """Return KL(π_θ‖π_T) [M] in nats/token."""

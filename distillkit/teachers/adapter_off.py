@@ -23,7 +23,8 @@ class AdapterOffTeacher(TeacherScorer):
     Args:
         tokens_per_batch: token budget of one forward, padding included.
         batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
-        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere,
+            and on a CPU goes over the vocabulary instead, all positions at once, where sums over it are enough.
 
     Raises:
         ConfigError: at setup, when the student has no adapters.

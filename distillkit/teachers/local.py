@@ -26,7 +26,8 @@ class LocalTeacher(TeacherScorer):
         dtype: of the weights; `auto` is the checkpoint's.
         tokens_per_batch: token budget of one forward, padding included.
         batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
-        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere,
+            and on a CPU goes over the vocabulary instead, all positions at once, where sums over it are enough.
         tolerate: differences from the student's tokenizer to accept: `chat_template`, or `eos` (end tokens that differ
             are then left out of the teacher's signal). Differing token ids are never accepted.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distillkit.backbone import Batching, LMHead, available, chunk_rows, predicting_states, token_batches
 from distillkit.chunks import Columns, Score, score_positions
 from distillkit.functional.logprobs import entropy, log_softmax, scatter_tokens, token_logprobs
+from distillkit.streamed import Head, stream, streams
 from distillkit.types import RolloutBatch, ScoreRequest, TeacherScores
 
 __all__ = ["score_rollouts"]
@@ -36,7 +37,8 @@ def score_rollouts(
         vocab_limit: ids at or beyond it take part in no softmax.
         tokens_per_batch: token budget of one forward, padding included.
         batching: which rollouts share a forward, and how.
-        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere.
+        head_chunk: token positions per head call; None keeps a chunk's logits near 64 MiB on a CPU, 256 MiB elsewhere,
+            and on a CPU goes over the vocabulary instead, all positions at once, where sums over it are enough.
         unscored_ids: tokens of these ids are not valid.
     """
     shape, device = rollouts.tokens.shape, rollouts.tokens.device
@@ -60,7 +62,12 @@ def score_rollouts(
         if sampled is None and topk is None and spread is None:
             continue
         targets = part.tokens[mask]
-        columns = _columns(head, states, targets, request, vocab_limit, rows)
+        if head_chunk is None and len(targets) > rows and not k and streams(head, device):
+            own = Head.of(head, states, request.temperature)
+            found = stream(own, targets, limit=vocab_limit, entropy=request.entropy)
+            columns: Columns = (found.logprobs, None, None, found.entropy)
+        else:
+            columns = _columns(head, states, targets, request, vocab_limit, rows)
         for grid, column in zip((sampled, topk, topk_ids, spread), columns, strict=True):
             if grid is not None and column is not None:
                 grid[index, :length] = scatter_tokens(column, mask)

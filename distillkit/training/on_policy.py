@@ -61,7 +61,8 @@ class OnPolicyDistillation(StudentModule):
         tokens_per_micro_batch: token budget of one forward and backward, padding included.
         batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
         head_chunk: token positions per call of the output head; null keeps a chunk's logits near 64 MiB on a CPU and
-            256 MiB elsewhere.
+            256 MiB elsewhere, and on a CPU goes over the vocabulary instead, all positions at once, where sums over it
+            are enough.
         max_grad_norm: global gradient norm; null does not clip.
         distil_temperature: of both sides in divergences.
         policy_weight: factor on the objective's advantages.

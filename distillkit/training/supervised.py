@@ -56,7 +56,8 @@ class SupervisedModule(StudentModule):
         tokens_per_micro_batch: token budget of one forward and backward, padding included.
         batching: rollouts of a forward in one packed row, or padded: sorted by length or in_order.
         head_chunk: token positions per call of the output head; null keeps a chunk's logits near 64 MiB on a CPU and
-            256 MiB elsewhere.
+            256 MiB elsewhere, and on a CPU goes over the vocabulary instead, all positions at once, where sums over it
+            are enough.
         max_grad_norm: global gradient norm; null does not clip.
         distil_temperature: of both sides in the divergence.
         dtype: of the student's weights.
