@@ -68,12 +68,13 @@ class Growth:
     Attributes:
         values: at x1, x2, x4, x8.
         exponent: slope of log value over log factor (least squares).
-        marginal: what a unit costs between x4 and x8, over what it costs between x1 and x4.
+        marginal: what a unit costs between x4 and x8, over what it costs between x1 and x4; None where x4 costs no more
+            than x1.
     """
 
     values: tuple[float, ...]
     exponent: float
-    marginal: float
+    marginal: float | None
 
     @staticmethod
     def of(values: Sequence[float]) -> Growth:
@@ -83,7 +84,7 @@ class Growth:
         first, _, third, last = values
         early = (third - first) / (FACTORS[2] - FACTORS[0])
         late = (last - third) / (FACTORS[3] - FACTORS[2])
-        return Growth(tuple(values), exponent, late / early if early else math.inf)
+        return Growth(tuple(values), exponent, late / early if early > 0 else None)
 
 
 def growths(results: Sequence[dict[str, Any]], axis: str) -> dict[str, Growth]:
@@ -113,8 +114,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             times = own.values[-1] / own.values[0]
             linear = times <= TOLERANCE if constant and name == "seconds" else round(own.exponent, 2) <= 1
             word = "or better" if linear else f"{times:.2f} ×"
-            marginals = ["—" if constant else f"{found[key].marginal:.2f}" for key in (name, "flops")]
-            rows.append(f"| {axis} | {figure} | {' | '.join([*values, f'{own.exponent:.2f}', *marginals, word])} |")
+            marginals = [found[key].marginal for key in (name, "flops")]
+            shown = ["—" if constant or one is None else f"{one:.2f}" for one in marginals]
+            rows.append(f"| {axis} | {figure} | {' | '.join([*values, f'{own.exponent:.2f}', *shown, word])} |")
     return "\n".join(rows)
 
 

@@ -131,8 +131,8 @@ def streamed(head: LMHead, hidden: Tensor, at: Positions, limit: int, tied: Tied
     sides = [(plan.divergence, at.teacher), (plan.reference_divergence, at.reference)]
     divergence = plan.divergence.sums_to if plan.divergence is not None and at.teacher is not None else None
     needs = [e.needs for e, other in sides[divergence is not None :] if e is not None and other is not None]
-    by_rows = plan.sampling_temperature != plan.distil_temperature or any(n.topk or n.needs_distribution for n in needs)
-    if by_rows or not streams(head, device):
+    one_softmax = plan.sampling_temperature == plan.distil_temperature
+    if not one_softmax or any(n.topk or n.needs_distribution for n in needs) or not streams(head, device):
         return None
     theirs = None
     if divergence is not None and at.teacher is not None:

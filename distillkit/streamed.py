@@ -100,12 +100,17 @@ def stream(
         divergence: from it, if it is there.
         tied: where the weights are the embedding's too, and the states came out of its `forward`.
 
+    Raises:
+        IndexError: a target is not below `limit`.
+
     Example:
         >>> own = Head(states=torch.ones(1, 1), weight=torch.tensor([[0.0], [3.0]]).log1p())
         >>> stream(own, torch.tensor([1]), limit=2).logprobs.exp().item()
         0.8
     """
     keep_freed_pages()
+    if len(targets) and int(targets.max()) >= limit:
+        raise IndexError(f"token id {int(targets.max())} has no place in a softmax over {limit} ids")
     job = _Job(
         targets=targets, limit=limit, entropy=entropy, other=other, divergence=divergence, tied=tied,
         temperature=own.temperature,

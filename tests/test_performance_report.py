@@ -155,6 +155,7 @@ def test_growth_is_an_exponent_and_a_marginal_cost() -> None:
     assert linear.marginal == pytest.approx(1.0) and linear.exponent < 0.5
     square = growth.Growth.of([1.0, 4.0, 16.0, 64.0])
     assert square.exponent == pytest.approx(2.0) and square.marginal == pytest.approx((48 / 4) / (15 / 3))
+    assert growth.Growth.of([4.0, 3.0, 4.0, 6.0]).marginal is None
 
 
 @pytest.mark.parametrize("axis", growth.AXES)

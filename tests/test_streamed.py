@@ -144,6 +144,11 @@ def test_no_positions_have_a_gradient_of_nothing() -> None:
     assert states.shape == (0, WIDTH) and weight.abs().max() == 0
 
 
+def test_a_target_beyond_the_softmax_is_refused() -> None:
+    with pytest.raises(IndexError, match="token id 20 has no place in a softmax over 20 ids"):
+        stream(head(0), torch.full((ROWS,), 20), limit=20)
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     own = head(0)
     frozen = Head(states=own.states, weight=own.weight.detach())

@@ -13,19 +13,19 @@ REASONS = {
         "reads the caches, and computes little"
     ),
     "teacher": "products take little more than the floor; the rest is element-wise work, attention and copies",
-    "vocab teacher": "the head in chunks of 110 tokens: its products run at two thirds of the rate, then a softmax",
-    "vocab distil teacher": "less than the floor: the teacher's head is in the update, chunk by chunk",
+    "vocab teacher": "the head in tiles of 1,024 columns: an exponential of every logit and their sums beside its product",
+    "vocab distil teacher": "less than the floor: the teacher's head is in the update",
     "update": (
         "products take 1.1 to 1.3 times the floor; the rest is norms, activations, attention and copies, forward and "
         "backward, and clipping and the optimizer, which are in no floor"
     ),
     "vocab update": (
-        "the head in chunks of 110 tokens: its products run at two thirds of the rate; softmax and its gradient go "
-        "over every logit, and the optimizer over 42 M weights"
+        "the logits are computed twice, forward and backward, and the floor has them once; an exponential of each both "
+        "times, and the optimizer over 42 M weights"
     ),
     "vocab distil update": (
-        "as for GRPO, and the product with the teacher's head, which is in the teacher's floor, a second softmax and "
-        "the sum over the vocabulary of the divergence"
+        "as for GRPO; and two products with the teacher's head, one of which is in the teacher's floor, and its "
+        "exponentials"
     ),
     "step": "the phases, and rewards, data and logging",
 }
