@@ -13,7 +13,7 @@ REASONS = {
         "reads the caches, and computes little"
     ),
     "teacher": "products take little more than the floor; the rest is element-wise work, attention and copies",
-    "vocab teacher": "the head in tiles of 1,024 columns: an exponential of every logit and their sums beside its product",
+    "vocab teacher": "the head in tiles of 1,024 columns: an exponential of every logit, and sums, beside its product",
     "vocab distil teacher": "less than the floor: the teacher's head is in the update",
     "update": (
         "products take 1.1 to 1.3 times the floor; the rest is norms, activations, attention and copies, forward and "
