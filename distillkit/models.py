@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 from collections.abc import Sequence
@@ -26,10 +27,13 @@ __all__ = [
     "load_tokenizer",
     "model_vocab_size",
     "prepared",
+    "same_tokenizer_files",
     "vocab_mismatch",
 ]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_TOKENIZER_FILES = ("*token*.json", "*.model", "vocab*", "merges.txt", "*chat_template*", "*chat_templates/*")
 
 
 def load_tokenizer(path: str, *, where: str) -> PreTrainedTokenizerBase:
@@ -50,6 +54,22 @@ def load_tokenizer(path: str, *, where: str) -> PreTrainedTokenizerBase:
         # Padding is recognised by the attention mask, never by id, so the end token can pad.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def same_tokenizer_files(one: str, other: str) -> bool:
+    """Return whether two local checkpoints say the same of their tokenizer, byte by byte.
+
+    False where that is not all there is to it: a hub name, or a tokenizer whose class follows from the model's config.
+    """
+    folders = [Path(embedded.resolve(path)) for path in (one, other)]
+    settings = [folder / "tokenizer_config.json" for folder in folders]
+    if not all(path.is_file() for path in settings):
+        return False
+    names = [{str(f.relative_to(d)) for pattern in _TOKENIZER_FILES for f in d.glob(pattern)} for d in folders]
+    if names[0] != names[1] or "tokenizer_class" not in json.loads(settings[0].read_text()):
+        return False
+    _, differ, unread = filecmp.cmpfiles(folders[0], folders[1], sorted(names[0]), shallow=False)
+    return not differ and not unread
 
 
 def load_causal_lm(path: str, *, where: str, dtype: Dtype = "auto") -> PreTrainedModel:

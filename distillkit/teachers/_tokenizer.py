@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distillkit.components import StudentInfo
 from distillkit.errors import ModelError, problem
-from distillkit.models import load_tokenizer, vocab_mismatch
+from distillkit.models import load_tokenizer, same_tokenizer_files, vocab_mismatch
 
 __all__ = ["Tolerated", "tokenizer_digest", "uncounted_end_ids"]
 
@@ -30,6 +30,8 @@ def uncounted_end_ids(path: str, student: StudentInfo, tolerate: Sequence[Tolera
     Raises:
         ModelError: there is none, or it differs in something that is not tolerated.
     """
+    if same_tokenizer_files(path, student.tokenizer.name_or_path):
+        return ()
     tokenizer = load_tokenizer(path, where="model.teacher.path")
     found = vocab_mismatch(student.tokenizer, tokenizer)
     refused = [text for text in found if text.split(":")[0] not in tolerate]

@@ -235,7 +235,9 @@ def test_a_local_model_and_other_columns(tmp_path: Path, capsys: pytest.CaptureF
     words = ["--local", path, "--problem-column", "prompt", "--trace-column", "chain", "--max-new-tokens", "5"]
     assert decompose(*words) == 0
     assert [row["prompt"] for row in rows()] == [messages("3+8>", "1")]
-    assert capsys.readouterr().out == ("rows.jsonl: 2 rows: 1 written, 1 left out\n       1  not a decomposition\n")
+    # DeepSpeed, where it is installed and was not imported before, says first that it found no GPU.
+    printed = capsys.readouterr().out.splitlines()[-2:]
+    assert printed == ["rows.jsonl: 2 rows: 1 written, 1 left out", "       1  not a decomposition"]
 
 
 def test_the_embedded_decomposer_as_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
