@@ -271,7 +271,7 @@ class DivergenceEstimator(Component):
     sums_to: ClassVar[ExactKL | None] = None
     """The KL over the whole vocabulary that it is, if it is one: it may then be summed without rows of logits.
 
-    A class that computes something else has to say so again; one with a `__call__` of its own that does not is None.
+    Not inherited by a subclass with a `__call__` of its own, which may be something else.
     """
 
     def __init_subclass__(cls, **more: Any) -> None:
