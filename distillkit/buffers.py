@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["ScoredChunk", "Scratch", "keep_freed_pages"]
+__all__ = ["ScoredChunk", "Scratch", "in_pages_of_its_own", "keep_freed_pages"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_AT_MOST = 2**30
+_KEPT_AT_MOST, _MAPPED_FROM = 2**30, 2**25
 
 
 @cache
@@ -23,10 +25,27 @@ def keep_freed_pages() -> None:
     and every micro-batch would pay it. Blocks of 32 MiB and more, a head's gradient for one, go on having pages of
     their own that leave with them. With another C library nothing happens. See mallopt(3).
     """
-    options = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    options = _of_glibc("mallopt")
     if options is not None:
-        options(_M_MMAP_THRESHOLD, 2**25)
+        options(_M_MMAP_THRESHOLD, _MAPPED_FROM)
         options(_M_TRIM_THRESHOLD, _KEPT_AT_MOST)
+
+
+def in_pages_of_its_own(like: Tensor) -> Tensor:
+    """Return an uninitialised tensor like a head's weights, for their gradient: the largest of a step.
+
+    On a CPU, from 32 MiB on, what the heap holds free goes back to the kernel first, see malloc_trim(3): at this moment
+    memory is at its highest. To have it again later costs less than the pages of this tensor, as a rule.
+    """
+    give_back = _of_glibc("malloc_trim")
+    if like.device.type == "cpu" and like.nbytes >= _MAPPED_FROM and give_back is not None:
+        give_back(0)
+    return torch.empty_like(like)
+
+
+@cache
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 class Scratch:

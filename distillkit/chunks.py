@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from distillkit.backbone import LMHead, project
-from distillkit.buffers import ScoredChunk, Scratch, keep_freed_pages
+from distillkit.buffers import ScoredChunk, Scratch, in_pages_of_its_own, keep_freed_pages
 from distillkit.tied import TiedGradient
 
 __all__ = [
@@ -323,7 +323,7 @@ class _Sums:
     def __init__(self, needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight.detach()
         self._hidden = torch.empty_like(hidden) if needed[0] else None
-        self._to_weight = torch.empty_like(weight) if needed[1] else None
+        self._to_weight = in_pages_of_its_own(weight) if needed[1] else None
         self._to_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
 
     def gradients(self, tied: TiedGradient | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

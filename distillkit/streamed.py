@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distillkit.backbone import LMHead
-from distillkit.buffers import Scratch, keep_freed_pages
+from distillkit.buffers import Scratch, in_pages_of_its_own, keep_freed_pages
 from distillkit.chunks import not_zero
 from distillkit.components import ExactKL
 from distillkit.functional.logprobs import widen
@@ -183,7 +183,7 @@ class _Job:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of states and weights, those that are needed, from those of log-probs and divergence."""
         to_states = torch.zeros_like(own.states, dtype=known.logsumexp.dtype) if needed[0] else None
-        to_weight = torch.empty_like(own.weight) if needed[1] else None
+        to_weight = in_pages_of_its_own(own.weight) if needed[1] else None
         scratch = Scratch()
         for rows, columns in self.tiles():
             slope = self._slope(own, known, grads, rows, columns, scratch)
