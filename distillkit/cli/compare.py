@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distillkit.reporting.compare import compare_runs
-from distillkit.reporting.compare_plot import write_comparison_plot
+from distillkit.reporting.compare import Comparison, compare_runs
 from distillkit.reporting.compare_report import aligned, markdown, sections
+from distillkit.reporting.drawing import INSTALL, can_draw
 from distillkit.reporting.run_folder import atomic_write_text
 from distillkit.reporting.screen import say
 
@@ -35,12 +35,22 @@ def main(argv: Sequence[str]) -> int:
         for line in aligned(section):
             say(console, line)
         say(console, "")
-    folder = Path(options.output)
+    page, plot = _write(comparison, Path(options.output))
+    say(console, f"Written: {page}, {plot}" if plot else f"Written: {page}; for a picture of it: {INSTALL}")
+    return 0
+
+
+def _write(comparison: Comparison, folder: Path) -> tuple[Path, Path | None]:
+    """Write `compare.md` and, where matplotlib is installed, `compare.png`; return where they are."""
     page, plot = folder / "compare.md", folder / "compare.png"
+    if not can_draw():
+        atomic_write_text(page, markdown(comparison, None))
+        return page, None
+    from distillkit.reporting.compare_plot import write_comparison_plot
+
     write_comparison_plot(comparison, plot)
     atomic_write_text(page, markdown(comparison, plot.name))
-    say(console, f"Written: {page}, {plot}")
-    return 0
+    return page, plot
 
 
 def _parser() -> argparse.ArgumentParser:

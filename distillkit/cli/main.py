@@ -24,6 +24,7 @@ usage: distillkit COMMAND [options] [--debug]
   configs     list the recipes that come with distillkit, print one, or copy it
   rollouts    show the rollouts of a run, tokens coloured by the teacher's opinion: distillkit rollouts RUN
   compare     compare runs: configs, results over seeds, how sure a difference is: distillkit compare RUN RUN...
+  plot        draw the curves of runs anew: distillkit plot RUN...
   plan        memory and time of a recipe on N GPUs: distillkit plan --config FILE --gpus 8 --gpu-memory 80
   doctor      look at a recipe's models, data and memory before it runs: distillkit doctor --config FILE
   decompose   take reasoning traces apart into steps, as a training set for a structure reward's decomposer
@@ -142,6 +143,12 @@ def _compare(arguments: list[str]) -> int:
     return compare(arguments[1:])
 
 
+def _plot(arguments: list[str]) -> int:
+    from distillkit.cli.plot import main as plot
+
+    return plot(arguments[1:])
+
+
 def _decompose(arguments: list[str]) -> int:
     from distillkit.cli.decompose import main as decompose
 
@@ -166,6 +173,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "configs": _configs,
     "rollouts": _rollouts,
     "compare": _compare,
+    "plot": _plot,
     "plan": _plan,
     "doctor": _doctor,
     "decompose": _decompose,

@@ -3,7 +3,7 @@
     files.py       atomic writes, shortest float32
     metrics.py     `MetricsCSV`, the logger behind `metrics.csv`; `read_metrics`, `summarize_metric`
     rollouts.py    `write_rollouts` -> `rollouts/step-000012.jsonl`, `read_rollouts`
-    plots.py       `write_plots` -> `plots/*.png`
+    plots.py       `write_plots` -> `plots/*.png`, where drawing.py finds matplotlib (`distillkit plot RUN...`)
     screen.py      the step as one sentence, decoded rollouts, the last line
     progress.py    `StepProgress`, the progress bar
     viewer.py      `distillkit rollouts RUN`

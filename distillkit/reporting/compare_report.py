@@ -44,8 +44,8 @@ def aligned(section: Section) -> list[str]:
     return [*lines, *(f"  {note}" for note in section.notes)]
 
 
-def markdown(comparison: Comparison, plot: str) -> str:
-    """Return `compare.md`; `plot` is the name of the picture beside it."""
+def markdown(comparison: Comparison, plot: str | None) -> str:
+    """Return `compare.md`; `plot` is the name of the picture beside it, if there is one."""
     blocks = [f"# {' · '.join(group.label for group in comparison.groups)}"]
     for section in sections(comparison):
         blocks.append(f"## {section.title}")
@@ -54,8 +54,9 @@ def markdown(comparison: Comparison, plot: str) -> str:
             blocks.append("\n".join("| " + " | ".join(_cell(c) for c in row) + " |" for row in rows))
         if section.notes:
             blocks.append("\n".join(section.notes))
-    metric = f"{comparison.metric} on {comparison.set_name}"
-    return "\n\n".join([*blocks, f"![{metric} by step]({plot})"]) + "\n"
+    if plot is not None:
+        blocks.append(f"![{comparison.metric} on {comparison.set_name} by step]({plot})")
+    return "\n\n".join(blocks) + "\n"
 
 
 def _cell(text: str) -> str:

@@ -14,8 +14,8 @@ from distillkit.components import BetaScheduler, Component, TeacherScorer
 from distillkit.errors import ConfigError, problem
 from distillkit.evaluation import gather_results, write_results
 from distillkit.registry import name_of
+from distillkit.reporting.drawing import INSTALL, can_draw
 from distillkit.reporting.metrics import MetricsCSV, read_metrics, summarize_metric
-from distillkit.reporting.plots import write_plots
 from distillkit.reporting.rollouts import write_rollouts
 from distillkit.reporting.run_folder import RunFolder
 from distillkit.reporting.screen import (
@@ -149,8 +149,15 @@ class RunReport(Callback):
 
     def _plots(self, trainer: pl.Trainer) -> None:
         run = RunFolder(self._folder(trainer))
-        if run.metrics_csv.exists():
+        if not run.metrics_csv.exists():
+            return
+        if can_draw():
+            from distillkit.reporting.plots import write_plots
+
             write_plots(run.metrics_csv, run.plots)
+        else:
+            later = f"{INSTALL} && distillkit plot {run.path}"
+            say(self._console, f"No curves are drawn, as matplotlib is not installed. For them: {later}")
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:

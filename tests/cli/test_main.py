@@ -59,7 +59,8 @@ def test_an_unknown_command_is_told_what_there_is(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == (
         "ConfigError: distillkit: no command 'fti'\n"
         "    got:      fti\n"
-        "    expected: fit, validate, test, predict, components, configs, rollouts, compare, plan, doctor, decompose\n"
+        "    expected: fit, validate, test, predict, components, configs, rollouts, compare, plot, plan, doctor, "
+        "decompose\n"
         "    try:      fit\n"
     )
 
