@@ -101,7 +101,9 @@ def test_imports_point_downwards(path: Path) -> None:
 def test_heavy_backends_are_imported_inside_their_component(path: Path) -> None:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
             found = {n.split(".")[0] for n in names} & HEAVY
             assert found <= ({"matplotlib"} if str(path.relative_to(PACKAGE)) in DRAWING else set())
             files = {n.removeprefix("distillkit.").replace(".", "/") + ".py" for n in names}
